@@ -1,0 +1,1 @@
+"""What training saved: PEFT's configuration and keys, resolved to the base tensors that they change."""

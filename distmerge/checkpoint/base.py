@@ -1,0 +1,167 @@
+"""The base: its files found, its headers read, its tensors named, before any tensor data is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distmerge.checkpoint.formats import Stored, group
+from distmerge.checkpoint.header import TensorSpec, read_header
+from distmerge.errors import InputError, listing, printable
+from distmerge.storage.files import read_range
+from distmerge.storage.strict_json import read_object
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Architectures whose linear layers are transformers' Conv1D: stored (in, out), packed transposed.
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileMark:
+    """What shows that a weight file is the one that was planned with, without reading its data."""
+
+    name: str
+    nbytes: int
+    mtime_ns: int
+    header_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A checkpoint folder: stored tensors by name in the order of their bytes, shards in the order of their names."""
+
+    folder: Path
+    files: tuple[FileMark, ...]
+    tensors: dict[str, Stored]
+    config: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    @property
+    def packed(self) -> bool:
+        return any(stored.packing for stored in self.tensors.values())
+
+
+def read_base(folder: Path) -> Base:
+    """The checkpoint in `folder`, from headers and small files. Raises InputError for what cannot be merged."""
+    if not folder.is_dir():
+        raise InputError("no such folder", where=str(folder), hint="--base takes the folder of a checkpoint")
+    shards, weight_map = _find_shards(folder)
+    warnings: list[str] = []
+    marks: list[FileMark] = []
+    specs: dict[str, TensorSpec] = {}
+    for shard in shards:
+        path = folder / shard
+        header = read_header(path, shard)
+        status = path.stat()
+        digest = hashlib.sha256(header.raw).hexdigest()
+        marks.append(FileMark(name=shard, nbytes=status.st_size, mtime_ns=status.st_mtime_ns, header_sha256=digest))
+        for spec in header.tensors:
+            if spec.name in specs:
+                raise InputError(f"in two files: {specs[spec.name].file} and {shard}", where=printable(spec.name))
+            specs[spec.name] = spec
+    if weight_map is not None:
+        warnings += _check_index(folder, weight_map, specs)
+    if not specs:
+        raise InputError("holds no tensors", where=str(folder))
+    config = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    _check_quantization(folder, config)
+    tensors = group(specs, lambda spec: read_range(folder / spec.file, spec.begin, spec.nbytes))
+    base = Base(folder=folder, files=tuple(marks), tensors=tensors, config=config, warnings=tuple(warnings))
+    if base.packed and config.get("model_type") in CONV1D_MODELS:
+        raise InputError(
+            f"packed Conv1D weights of {config['model_type']!r} are not supported",
+            where=str(folder),
+            hint="merge into the 16-bit base instead",
+        )
+    return base
+
+
+def nested_configs(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """`config` and every configuration inside it (`text_config` and the like), outermost first."""
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    return [config, *(found for value in inner for found in nested_configs(value))]
+
+
+def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    if single and index:
+        raise InputError(
+            f"both {SINGLE} and {INDEX} are there, and loaders disagree on which one counts",
+            where=str(folder),
+            hint="move the stale one away",
+        )
+    if single:
+        return [SINGLE], None
+    if index:
+        weight_map = read_object(folder / INDEX).get("weight_map")
+        return _shards_of_index(folder, weight_map), weight_map
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf", ".pt"))
+    hint = "save the model as safetensors first (save_pretrained)" if found else "is this the folder of a checkpoint?"
+    raise InputError(
+        f"neither {SINGLE} nor {INDEX} is there" + (f"; found {listing(found)}" if found else ""),
+        where=str(folder),
+        hint=hint,
+    )
+
+
+def _shards_of_index(folder: Path, weight_map: Any) -> list[str]:
+    where = str(folder / INDEX)
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError("weight_map must map tensor names to file names", where=where)
+    if not weight_map:
+        raise InputError("weight_map is empty", where=where)
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+            raise InputError(
+                f"shard {printable(shard)!r} is not a plain .safetensors file name",
+                where=where,
+                hint="an index may only name files of its own folder",
+            )
+    if missing := [shard for shard in shards if not (folder / shard).exists()]:
+        raise InputError(
+            f"{len(missing)} of {len(shards)} shards are missing: {listing(missing)}",
+            where=str(folder),
+            hint="finish the download of the base",
+        )
+    return shards
+
+
+def is_plain_name(name: str) -> bool:
+    """True if `name` is one ordinary path component on any system: no folder, drive, dots or control characters."""
+    return bool(name) and name.isprintable() and not re.search(r'[/\\:*?"<>|]', name) and not name.startswith(".")
+
+
+def _check_index(folder: Path, weight_map: dict[str, str], specs: dict[str, TensorSpec]) -> list[str]:
+    where = str(folder / INDEX)
+    if lost := [name for name, shard in weight_map.items() if name not in specs or specs[name].file != shard]:
+        raise InputError(
+            f"{len(lost)} tensors are not in the shard that the index names: {listing(lost)}",
+            where=where,
+            hint="index and shards are of different checkpoints; download the base again",
+        )
+    orphans = [name for name in specs if name not in weight_map]
+    return [f"{len(orphans)} tensors are in the shards but not in the index, and are kept: {listing(orphans)}"] * bool(
+        orphans
+    )
+
+
+def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
+    for part in nested_configs(config):
+        quantization = part.get("quantization_config")
+        if not isinstance(quantization, dict):
+            continue
+        method = quantization.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantization else None)
+        if method != "bitsandbytes" or quantization.get("load_in_8bit"):
+            name = "bitsandbytes int8" if method == "bitsandbytes" else repr(method)
+            raise InputError(
+                f"quantization {name} is not supported; supported are plain floats and bitsandbytes NF4 and FP4",
+                where=os.fspath(folder / "config.json"),
+                hint="merge into the 16-bit base instead",
+            )

@@ -1,0 +1,184 @@
+"""Stored formats: which tensors of a checkpoint are plain and which are packed by bitsandbytes in 4 bits.
+
+A packed linear `P` of shape (out, in) is stored as `P.weight` (two codes a byte, high nibble first, over the
+flattened rows), `P.weight.absmax`, `P.weight.quant_map`, with double quantization `P.weight.nested_absmax` and
+`P.weight.nested_quant_map`, and `P.weight.quant_state.bitsandbytes__nf4` or `__fp4`, JSON as bytes
+(bitsandbytes, functional.QuantState.as_dict). The companions may lie in other files than the weight.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from distmerge.checkpoint.header import TensorSpec
+from distmerge.errors import InputError, listing
+from distmerge.storage.strict_json import parse_object
+
+_STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>nf4|fp4)")
+_COMPANION = re.compile(r".+\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)")
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_MAX_STATE_NBYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """What turns a packed weight back into floats: `quant_map[code] * absmax[element // blocksize]`, then `dtype`.
+
+    `absmax` is float, shape (num_blocks,); or (in / blocksize, out), as bitsandbytes writes it after a forward
+    pass on the CPU; or uint8, to be read as `nested_quant_map[absmax] * nested_absmax[i // nested_blocksize] +
+    nested_offset`.
+    """
+
+    kind: str
+    blocksize: int
+    dtype: str
+    shape: tuple[int, ...]
+    absmax: TensorSpec
+    quant_map: TensorSpec
+    nested_absmax: TensorSpec | None
+    nested_quant_map: TensorSpec | None
+    nested_blocksize: int
+    nested_offset: float
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-math.prod(self.shape) // self.blocksize)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A tensor as the base's files hold it, with its companions; `dtype` and `shape` are those of its dense form."""
+
+    data: TensorSpec
+    packing: Packing | None
+
+    @property
+    def name(self) -> str:
+        return self.data.name
+
+    @property
+    def dtype(self) -> str:
+        return self.packing.dtype if self.packing else self.data.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.packing.shape if self.packing else self.data.shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes on disk, companions included."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        if self.packing is None:
+            return (self.data,)
+        parts = (self.packing.absmax, self.packing.quant_map, self.packing.nested_absmax, self.packing.nested_quant_map)
+        return (self.data, *(part for part in parts if part is not None))
+
+
+def group(specs: dict[str, TensorSpec], read: Callable[[TensorSpec], bytes]) -> dict[str, Stored]:
+    """The stored tensors among `specs`, in their order; `read` gives the bytes of a (small) quantization state.
+
+    Raises InputError for a quantization state that is incomplete or contradicts the shapes, and for int8 weights.
+    """
+    if scales := [name for name in specs if name.endswith(".SCB")]:
+        raise InputError(
+            f"bitsandbytes int8 weights are not supported ({listing(scales)})",
+            where=scales[0],
+            hint="merge into the 16-bit base instead",
+        )
+    packings: dict[str, Packing] = {}
+    used: set[str] = set()
+    for name, spec in specs.items():
+        if match := _STATE.fullmatch(name):
+            weight = match["weight"]
+            if weight not in specs:
+                raise InputError("the quantization state has no weight", where=name)
+            packing, companions = _packing(weight, match["kind"], specs, _read_state(spec, read))
+            packings[weight] = packing
+            used |= {name, *companions}
+    orphans = [name for name in specs if name not in used and _COMPANION.fullmatch(name)]
+    if orphans:
+        raise InputError(
+            f"quantization companions without a quantization state: {listing(orphans)}",
+            where=orphans[0],
+            hint="the checkpoint is incomplete; save or download it again",
+        )
+    return {name: Stored(data=spec, packing=packings.get(name)) for name, spec in specs.items() if name not in used}
+
+
+def _read_state(spec: TensorSpec, read: Callable[[TensorSpec], bytes]) -> dict[str, Any]:
+    if spec.nbytes > _MAX_STATE_NBYTES:
+        raise InputError(f"the quantization state has {spec.nbytes} bytes", where=spec.name)
+    return parse_object(read(spec), spec.name)
+
+
+def _packing(weight: str, kind: str, specs: dict[str, TensorSpec], state: dict[str, Any]) -> tuple[Packing, list[str]]:
+    def companion(tail: str) -> TensorSpec:
+        found = specs.get(f"{weight}.{tail}")
+        if found is None:
+            raise InputError(f"the quantization state is incomplete: {weight}.{tail} is missing", where=weight)
+        return found
+
+    nested = "nested_blocksize" in state or f"{weight}.nested_absmax" in specs
+    blocksize, shape = state.get("blocksize"), state.get("shape")
+    if type(blocksize) is not int or not 1 <= blocksize <= 1 << 20:
+        raise InputError(f"blocksize {blocksize!r} is not a block size", where=weight)
+    if not isinstance(shape, list) or not shape or not all(type(dim) is int and 0 < dim < 1 << 40 for dim in shape):
+        raise InputError(f"shape {str(shape)[:80]} in the quantization state is not a shape", where=weight)
+    if state.get("dtype") not in _DTYPES:
+        raise InputError(f"dtype {state.get('dtype')!r} in the quantization state is not supported", where=weight)
+    if state.get("quant_type") != kind:
+        raise InputError(f"quant_type {state.get('quant_type')!r} contradicts the key's {kind!r}", where=weight)
+    nested_blocksize, nested_offset = state.get("nested_blocksize", 0), state.get("nested_offset", 0.0)
+    if nested and (type(nested_blocksize) is not int or nested_blocksize < 1):
+        raise InputError(f"nested_blocksize {nested_blocksize!r} is not a block size", where=weight)
+    if not isinstance(nested_offset, int | float) or not math.isfinite(nested_offset):
+        raise InputError(f"nested_offset {nested_offset!r} is not a finite number", where=weight)
+    packing = Packing(
+        kind=kind,
+        blocksize=blocksize,
+        dtype=_DTYPES[state["dtype"]],
+        shape=tuple(shape),
+        absmax=companion("absmax"),
+        quant_map=companion("quant_map"),
+        nested_absmax=companion("nested_absmax") if nested else None,
+        nested_quant_map=companion("nested_quant_map") if nested else None,
+        nested_blocksize=nested_blocksize,
+        nested_offset=float(nested_offset),
+    )
+    _check_shapes(weight, specs[weight], packing)
+    parts = (packing.absmax, packing.quant_map, packing.nested_absmax, packing.nested_quant_map)
+    return packing, [part.name for part in parts if part is not None]
+
+
+def _check_shapes(weight: str, data: TensorSpec, packing: Packing) -> None:
+    num_blocks, absmax = packing.num_blocks, packing.absmax
+
+    def expect(ok: bool, spec: TensorSpec, expected: str) -> None:
+        if not ok:
+            raise InputError(f"expected {expected}, got {spec.dtype} {spec.shape}", where=spec.name)
+
+    nbytes = -(-math.prod(packing.shape) // 2)
+    expect(nbytes <= data.nbytes < nbytes + 8, data, f"{nbytes} bytes for {packing.shape} in 4 bits")
+    expect(packing.quant_map.shape == (16,) and packing.quant_map.dtype == "F32", packing.quant_map, "F32 (16,)")
+    if packing.nested_absmax is not None and packing.nested_quant_map is not None:
+        expect(absmax.dtype == "U8" and absmax.shape == (num_blocks,), absmax, f"U8 ({num_blocks},)")
+        nested, table = packing.nested_absmax, packing.nested_quant_map
+        count = -(-num_blocks // packing.nested_blocksize)
+        expect(nested.dtype == "F32" and nested.shape == (count,), nested, f"F32 ({count},)")
+        expect(table.dtype == "F32" and table.shape == (256,), table, "F32 (256,)")
+    else:
+        transposed = (packing.shape[-1] // packing.blocksize, packing.shape[0])
+        whole = len(packing.shape) == 2 and packing.shape[1] % packing.blocksize == 0
+        ok = absmax.shape == (num_blocks,) or (whole and absmax.shape == transposed)
+        expect(ok and absmax.dtype in ("F32", "F16", "BF16"), absmax, f"floats ({num_blocks},)")

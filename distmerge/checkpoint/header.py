@@ -1,0 +1,163 @@
+"""The safetensors header, byte for byte: strict when reading, fixed when writing.
+
+Format: 8 bytes little-endian N, N bytes of JSON that begin with `{`, then the data, which the tensors cover
+without holes or overlaps (https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distmerge.errors import InputError, printable
+from distmerge.storage.files import open_input, read_exact
+from distmerge.storage.strict_json import parse_object
+
+ITEMSIZE = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+FLOATS = ("BF16", "F16", "F32")
+
+MAX_HEADER_NBYTES = 100_000_000  # the library's own limit
+MAX_DIMS = 16
+MAX_NAME_LENGTH = 512
+METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Where one tensor's bytes lie: `nbytes` bytes from byte `begin` of `file`, counted from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """The header of one file: its tensors in the order of their bytes, and the digest of the header itself."""
+
+    tensors: tuple[TensorSpec, ...]
+    metadata: dict[str, str]
+    raw: bytes
+
+
+def read_header(path: Path, file: str | None = None) -> Header:
+    """The header of the safetensors file at `path`, each tensor marked with `file` (default: the file's name).
+
+    Raises InputError for a file that is not whole, valid safetensors by the rules above.
+    """
+    fd = open_input(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size < 10:
+            raise InputError(f"is no safetensors file: only {size} bytes", where=str(path), hint="download it again")
+        prefix = bytearray(min(size, 64))
+        read_exact(fd, memoryview(prefix), 0, path)
+        _recognise_strangers(bytes(prefix), path)
+        length = int.from_bytes(prefix[:8], "little")
+        if length > min(MAX_HEADER_NBYTES, size - 8):
+            raise InputError(
+                f"header length {length} does not fit the file of {size} bytes",
+                where=str(path),
+                hint="the file is truncated or no safetensors file; download it again",
+            )
+        raw = bytearray(length)
+        read_exact(fd, memoryview(raw), 8, path)
+    finally:
+        os.close(fd)
+    return parse_header(bytes(raw), size - 8 - length, where=str(path), file=file or path.name)
+
+
+def parse_header(raw: bytes, data_nbytes: int, *, where: str, file: str) -> Header:
+    """The tensors that the header `raw` lists over `data_nbytes` bytes of data. Raises InputError."""
+    if not raw.startswith(b"{"):
+        raise InputError("the header must begin with '{'", where=where)
+    entries = parse_object(raw, where)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError("__metadata__ must map strings to strings", where=where)
+    start = 8 + len(raw)
+    tensors = [_parse_tensor(name, entry, start, where=where, file=file) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes, tensor.name))
+    _check_cover(tensors, start, data_nbytes, where)
+    return Header(tensors=tuple(tensors), metadata=metadata, raw=raw)
+
+
+def build_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The bytes before the data of a file that holds `tensors` (name, dtype, shape) one after another.
+
+    The JSON is padded with spaces so that the data begins at a multiple of 8 bytes, as the library does.
+    """
+    entries: dict[str, Any] = {"__metadata__": METADATA}
+    offset = 0
+    for name, dtype, shape in tensors:
+        nbytes = math.prod(shape) * ITEMSIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _recognise_strangers(prefix: bytes, path: Path) -> None:
+    if prefix.startswith(b"version https://git-lfs"):
+        raise InputError("is a Git LFS pointer, not the weights", where=str(path), hint="git lfs pull, or hf download")
+    if prefix.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError("is a web page saved under a weight file's name", where=str(path), hint="download it again")
+    if not any(prefix):
+        raise InputError("begins with zeros: an unfinished write after a crash", where=str(path))
+
+
+def _parse_tensor(name: str, entry: Any, start: int, *, where: str, file: str) -> TensorSpec:
+    place = f"{where}: tensor {printable(name)!r}"
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise InputError("the name is empty, too long or holds control characters", where=place)
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise InputError("needs dtype, shape and data_offsets", where=place)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise InputError(f"dtype {dtype!r} is not known", where=place)
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_count(dim) for dim in shape):
+        raise InputError(f"shape {str(shape)[:80]} is not a list of at most {MAX_DIMS} sizes", where=place)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise InputError(f"data_offsets {str(offsets)[:80]} are not two sizes", where=place)
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    if offsets[1] - offsets[0] != nbytes:
+        raise InputError(
+            f"shape {shape} of {dtype} needs {nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}", where=place
+        )
+    return TensorSpec(name=name, dtype=dtype, shape=tuple(shape), file=file, begin=start + offsets[0], nbytes=nbytes)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _check_cover(tensors: list[TensorSpec], start: int, data_nbytes: int, where: str) -> None:
+    end = start
+    for tensor in tensors:
+        if tensor.begin != end:
+            what = "a hole" if tensor.begin > end else "an overlap"
+            raise InputError(f"{what} in the data before tensor {printable(tensor.name)!r}", where=where)
+        end += tensor.nbytes
+    if end != start + data_nbytes:
+        raise InputError(
+            f"the header promises {end - start} bytes of data, the file has {data_nbytes}",
+            where=where,
+            hint="a truncated copy? download the file again",
+        )

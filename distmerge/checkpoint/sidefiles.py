@@ -1,0 +1,111 @@
+"""Side files: what stands beside the weights in the output, and the configuration made true to the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from distmerge.checkpoint.base import Base, nested_configs
+from distmerge.errors import InputError, MachineError, printable
+from distmerge.storage.files import io_errors, sha256_of
+
+_NEVER = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"),
+    *("*.safetensors.index*.json", "*.bin.index*.json", "adapter_config.json", "merge_receipt.json", "*.tmp", "*.part"),
+)
+_NEVER_FOLDERS = ("original", "onnx", ".git", ".cache", "__pycache__", ".distmerge")
+_OVERLAY = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece*", "chat_template*", "*.jinja", "preprocessor_config.json"),
+    *("processor_config.json", "video_preprocessor_config.json"),
+)
+_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideFile:
+    """A file that is copied byte for byte: `name` inside the output, from folder 0 (base) or 1, 2, ... (adapters)."""
+
+    name: str
+    source: int
+    nbytes: int
+    sha256: str
+
+
+def find_side_files(base: Path, adapters: tuple[Path, ...]) -> tuple[SideFile, ...]:
+    """Every file that goes into the output unchanged, by name: those of the base, overlaid by tokenizer and template
+    files of the adapters in their order. `README.md` and `config.json` are written anew and are not among them."""
+    chosen = {name: 0 for name in _walk(base) if name not in ("README.md", "config.json") and not _is_weight(name)}
+    for number, folder in enumerate(adapters, start=1):
+        for name in _walk(folder):
+            if "/" not in name and any(fnmatch(name, pattern) for pattern in _OVERLAY) and not _is_weight(name):
+                chosen[name] = number
+    folders = (base, *adapters)
+    files = []
+    for name, source in sorted(chosen.items()):
+        path = folders[source] / name
+        with io_errors(path):
+            files.append(SideFile(name=name, source=source, nbytes=path.stat().st_size, sha256=sha256_of(path)))
+    return tuple(files)
+
+
+def read_side_file(folder: Path, file: SideFile) -> bytes:
+    """The bytes of `file`. Raises MachineError when they are no longer those that were planned."""
+    with io_errors(folder / file.name):
+        data = (folder / file.name).read_bytes()
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise MachineError("changed during the merge", where=str(folder / file.name), hint="run the same command again")
+    return data
+
+
+def output_config(base: Base, dtypes: dict[str, int], *, recast: bool) -> bytes | None:
+    """config.json of the output, or None when the base's own bytes stay true.
+
+    `dtypes` counts the output's elements by dtype; `recast` says that `--dtype` was given. Quantization sections go,
+    at every level, since nothing in the output is packed; `dtype` becomes that of most floats when it changed.
+    """
+    config = deepcopy(base.config)
+    stale = [part for part in nested_configs(config) if part.pop("quantization_config", None) is not None]
+    if recast or base.packed:
+        floats = {dtype: count for dtype, count in dtypes.items() if dtype in _DTYPE_NAMES}
+        _set_dtype(config, _DTYPE_NAMES[max(floats, key=lambda dtype: floats[dtype])])
+    if config == base.config and not stale:
+        return None
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    for part in nested_configs(config):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part.get(key), str):
+                part[key] = dtype
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = dtype
+
+
+def _is_weight(name: str) -> bool:
+    basename = name.rsplit("/", 1)[-1]
+    return any(fnmatch(basename, pattern) for pattern in _NEVER)
+
+
+def _walk(folder: Path, inside: str = "") -> Iterator[str]:
+    for path in sorted((folder / inside).iterdir()):
+        name = f"{inside}{path.name}"
+        if not name.isprintable():
+            raise InputError("a file name holds control characters", where=printable(name))
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror})", where=str(path)) from None
+        if stat.S_ISDIR(mode):
+            if path.name not in _NEVER_FOLDERS and not path.name.endswith(".distmerge") and name.count("/") < 8:
+                yield from _walk(folder, f"{name}/")
+        elif stat.S_ISREG(mode):
+            yield name

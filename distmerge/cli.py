@@ -1,0 +1,289 @@
+"""The command line: parse, call one function, render, map errors to exit codes. Imports no torch at start."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distmerge import __version__
+from distmerge.config import DTYPES, AdapterChoice, MergeConfig, parse_nbytes, read_recipe
+from distmerge.errors import DistmergeError, PeerFailed, UsageError
+
+if TYPE_CHECKING:
+    from distmerge.audit import Audit
+
+_FOLDER = click.Path(path_type=Path)
+
+
+class _NBytes(click.ParamType[int]):
+    """A size in bytes, written as 5GB or 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_nbytes(value)
+        except UsageError as error:
+            return self.fail(str(error), param, ctx)
+
+
+class _Nproc(click.ParamType[int | None]):
+    """A number of ranks, or `auto`."""
+
+    name = "n|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "auto" or value is None:
+            return None
+        if str(value).isdigit() and int(value) > 0:
+            return int(value)
+        return self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
+
+
+def _load_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        known = {p.name for p in ctx.command.params if isinstance(p, click.Option) and p.name} - {"config", "help"}
+        recipe = read_recipe(value, known)
+        for name in ("adapter", "weight"):
+            if name in recipe and not isinstance(recipe[name], list):
+                recipe[name] = [recipe[name]]
+        ctx.default_map = recipe
+
+
+def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option with a `DISTMERGE_` variable of the same name."""
+    variable = "DISTMERGE_" + names[0].lstrip("-").split("/")[0].replace("-", "_").upper()
+    return click.option(*names, envvar=variable, **settings)
+
+
+def _merge_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that `merge` and `plan` share: everything that decides the output."""
+    options = [
+        _option("--base", type=_FOLDER, required=True, help="Folder of the checkpoint that is merged into."),
+        _option("--adapter", type=_FOLDER, multiple=True, required=True, help="Folder of an adapter; repeatable."),
+        _option("--weight", type=float, multiple=True, help="Factor of the adapter at the same place.  [default: 1]"),
+        _option("--output", type=_FOLDER, required=True, help="Folder of the merged checkpoint; must not exist yet."),
+        _option("--nproc", type=_Nproc(), help="Ranks to start on this machine; auto: one for each accelerator."),
+        _option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another accelerator type."),
+        _option(
+            "--dtype",
+            type=click.Choice(list(DTYPES)),
+            default="auto",
+            show_default=True,
+            help="Floats of the output; auto keeps each tensor's own.",
+        ),
+        _option(
+            "--max-shard-size",
+            type=_NBytes(),
+            help="Largest output file, such as 5GB.  [default: the base's own files; 5GB for a packed base]",
+        ),
+        _option(
+            "--memory-budget",
+            type=_NBytes(),
+            default="2GiB",
+            show_default=True,
+            help="Working memory of each rank, beside what torch takes.",
+        ),
+        _option("--lora-alpha", type=float, help="Replaces lora_alpha of the adapters' configurations."),
+        _option("--allow-zero-delta", is_flag=True, help="Merge even if every delta is zero."),
+        _option("--overwrite", is_flag=True, help="Replace an output that an earlier merge wrote."),
+        _option("--timeout", type=float, default=600.0, show_default=True, help="Seconds until a silent rank is lost."),
+        click.option(
+            "--config",
+            type=_FOLDER,
+            envvar="DISTMERGE_CONFIG",
+            is_eager=True,
+            expose_value=False,
+            callback=_load_recipe,
+            help="YAML file with any of these options; options and variables win over it.",
+        ),
+        _option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _config(values: dict[str, Any]) -> MergeConfig:
+    adapters, weights = values.pop("adapter"), values.pop("weight")
+    if weights and len(weights) != len(adapters):
+        raise UsageError(
+            f"{len(adapters)} adapters but {len(weights)} weights", hint="give each --adapter its --weight, or none"
+        )
+    choices = zip(adapters, weights or [1.0] * len(adapters), strict=True)
+    return MergeConfig(adapters=tuple(AdapterChoice(folder=f, weight=w) for f, w in choices), **values)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="distmerge")
+def cli() -> None:
+    """Merge LoRA and QLoRA adapters into sharded Hugging Face checkpoints, file to file.
+
+    Exit codes: 0 done, 1 a bug, 2 usage, 3 input refused, 4 verification failed, 5 the machine could not,
+    75 interrupted (the same command resumes).
+    """
+
+
+@cli.command("merge")
+@_merge_options
+def merge_command(as_json: bool, **values: Any) -> None:
+    """Merge adapters into a base, on as many ranks as there are.
+
+    The output appears whole and verified, or not at all. Interrupted, the same command resumes.
+
+    \b
+    Examples:
+      distmerge merge --base llama-70b-nf4 --adapter my-qlora --output merged
+      torchrun --nproc-per-node 8 -m distmerge merge --config recipe.yaml
+    """
+    config = _config(values)
+    from distmerge.merge import run, summary  # torch takes seconds
+
+    result = run(config)
+    if _speaks(config):
+        click.echo(summary(result), err=True)
+        if as_json:
+            click.echo(json.dumps({**asdict(result), "output": str(result.output)}))
+
+
+@cli.command("plan")
+@_merge_options
+def plan_command(as_json: bool, **values: Any) -> None:
+    """Show what a merge with the same options would do; write nothing.
+
+    Reads headers, and the adapters once. Refuses what merge would refuse, with the same words and exit code.
+
+    \b
+    Example:
+      distmerge plan --base llama-70b-nf4 --adapter my-qlora --output merged
+    """
+    config = _config(values)
+    import distmerge
+    from distmerge.report.table import plan_facts, plan_table
+    from distmerge.share import wanted_lanes
+    from distmerge.work import room_needed
+    from distmerge.world import default_nproc
+
+    plan = distmerge.plan(config)
+    nproc = config.nproc or default_nproc(config.device)
+    lanes = wanted_lanes(nproc)
+    facts = plan_facts(plan, config, wanted_lanes=lanes, room_nbytes=room_needed(plan), nproc=nproc)
+    click.echo(json.dumps(facts) if as_json else plan_table(facts))
+
+
+@cli.command("verify")
+@click.argument("output", type=_FOLDER)
+@click.option("--base", type=_FOLDER, help="The base: recompute every tensor from it in float64.")
+@click.option("--adapter", type=_FOLDER, multiple=True, help="The adapters, in the order of the merge.")
+@click.option("--weight", type=float, multiple=True, help="Their weights.  [default: 1]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def verify_command(
+    output: Path, base: Path | None, adapter: tuple[Path, ...], weight: tuple[float, ...], as_json: bool
+) -> None:
+    """Check a merged checkpoint: digests, headers, index and ledger.
+
+    With --base and --adapter every merged tensor is recomputed in float64 and every other one compared with the base.
+
+    \b
+    Example:
+      distmerge verify merged --base llama-70b-nf4 --adapter my-qlora
+    """
+    if (base is None) != (not adapter):
+        raise UsageError("--base and --adapter belong together")
+    if weight and len(weight) != len(adapter):
+        raise UsageError(f"{len(adapter)} adapters but {len(weight)} weights")
+    import distmerge
+
+    choices = zip(adapter, weight or [1.0] * len(adapter), strict=True)
+    found = distmerge.verify(output, base=base, adapters=tuple(AdapterChoice(folder=f, weight=w) for f, w in choices))
+    click.echo(json.dumps(asdict(found)) if as_json else _render_audit(found))
+
+
+@cli.command("inspect")
+@click.argument("path", type=_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON on stdout.")
+def inspect_command(path: Path, as_json: bool) -> None:
+    """Show what a base, adapter or output folder holds, from headers alone.
+
+    \b
+    Example:
+      distmerge inspect my-qlora
+    """
+    from distmerge.inspection import inspect, render
+
+    facts = inspect(path)
+    click.echo(json.dumps(facts) if as_json else render(facts))
+
+
+@cli.command("demo")
+@click.option("--output", type=_FOLDER, default="distmerge-demo", show_default=True, help="Folder for the demo.")
+@click.option("--nproc", type=click.IntRange(1), default=2, show_default=True, help="Ranks to start.")
+def demo_command(output: Path, nproc: int) -> None:
+    """Make a small NF4 base and an adapter, merge them, verify the result; needs no network.
+
+    \b
+    Example:
+      distmerge demo
+    """
+    from distmerge.demo import run_demo
+
+    run_demo(output, nproc=nproc, say=click.echo, verified=_render_audit)
+
+
+def _render_audit(found: Audit) -> str:
+    lines = [
+        f"verified {found.num_files} files by sha256, {found.num_tensors} tensors by header, "
+        f"{found.num_adapter_tensors} adapter tensors by ledger"
+    ]
+    if again := found.recomputed:
+        lines.append(
+            f"computed {again.num_tensors} merged tensors again in float64: largest error "
+            f"{again.max_ulp_beyond_noise:.3f} ulp beyond float32 noise ({again.max_ulp:.3f} with it, "
+            f"{again.worst_tensor}), {100 * again.share_not_nearest:.4f} % not the nearest value; all others equal"
+        )
+    return "\n".join(lines)
+
+
+def _speaks(config: MergeConfig) -> bool:
+    """True for the one process that ends with words: the only one, or rank 0 of several."""
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    from distmerge.world import default_nproc
+
+    return (config.nproc or default_nproc(config.device)) == 1
+
+
+def main() -> None:
+    """Runs the command line and exits with the code of what happened."""
+    quiet = os.environ.get("RANK", "0") != "0"
+    try:
+        cli.main(standalone_mode=False)
+        code = 0
+    except click.exceptions.Abort:
+        code = 75
+    except click.ClickException as error:
+        if not quiet:
+            error.show()
+        code = 2
+    except PeerFailed as error:
+        code = error.exit_code
+    except UsageError as error:
+        if not quiet:
+            click.echo(f"error: {error}", err=True)
+        code = 2
+    except DistmergeError as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 75
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,184 @@
+"""Where every output byte goes: tensors into files, files into segments, tensors into blocks. Integers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from distmerge.adapter.resolve import Delta
+from distmerge.checkpoint.formats import Stored
+from distmerge.checkpoint.header import ITEMSIZE, build_header
+
+# The unit of reading, arithmetic and writing. It is a constant, not a share of the memory budget: the same matrix
+# products in the same shapes give the same bits, whatever the budget and the number of ranks.
+BLOCK_NUMEL = 1 << 19
+_SEGMENT_NBYTES = (16 << 20, 128 << 20)
+_SEGMENTS_WANTED = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One output tensor: `kind` is `copy` (its bytes), `convert` (dequantized or cast) or `merge` (deltas added).
+
+    Its bytes begin at byte `begin` of output file number `file`.
+    """
+
+    kind: str
+    source: Stored
+    dtype: str
+    deltas: tuple[Delta, ...]
+    file: int
+    begin: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def row_numel(self) -> int:
+        """Elements of a row where deltas are added; of the whole tensor otherwise."""
+        return self.source.numel // self.source.shape[0] if self.deltas else self.source.numel
+
+    @property
+    def stored_block_nbytes(self) -> int:
+        """Bytes of the largest block as the base stores it, companions apart."""
+        return BLOCK_NUMEL // 2 + 1 if self.source.packing else BLOCK_NUMEL * ITEMSIZE[self.source.data.dtype]
+
+    @property
+    def num_blocks(self) -> int:
+        if self.source.numel == 0:
+            return 0
+        rows = self.source.numel // self.row_numel
+        if self.row_numel > BLOCK_NUMEL:
+            return rows * math.ceil(self.row_numel / BLOCK_NUMEL)
+        return math.ceil(rows / (BLOCK_NUMEL // self.row_numel))
+
+    def block(self, number: int) -> tuple[int, int]:
+        """The flat elements [first, last) of block `number`: whole rows, or a part of one row that is too long."""
+        if self.row_numel > BLOCK_NUMEL:
+            row, part = divmod(number, math.ceil(self.row_numel / BLOCK_NUMEL))
+            first = row * self.row_numel + part * BLOCK_NUMEL
+            return first, min(first + BLOCK_NUMEL, (row + 1) * self.row_numel)
+        step = BLOCK_NUMEL // self.row_numel * self.row_numel
+        return number * step, min((number + 1) * step, self.source.numel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """A weight file of the output: its name, its length in bytes, and where its data begins."""
+
+    name: str
+    nbytes: int
+    data_begin: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Blocks [first, last) of task number `task`."""
+
+    task: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Pieces that follow one another in one output file: the unit of claiming and of resuming."""
+
+    file: int
+    nbytes: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An output tensor before it has a place."""
+
+    kind: str
+    source: Stored
+    dtype: str
+    deltas: tuple[Delta, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.numel * ITEMSIZE[self.dtype]
+
+
+def pack_shards(tensors: Iterable[Wanted], max_nbytes: int) -> dict[str, list[Wanted]]:
+    """Output files by name, filled in order; one exceeds `max_nbytes` only if it holds a single tensor that does."""
+    shards: list[list[Wanted]] = [[]]
+    used = 0
+    for tensor in tensors:
+        if shards[-1] and used + tensor.nbytes > max_nbytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(tensor)
+        used += tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def place(shards: dict[str, list[Wanted]]) -> tuple[tuple[OutputFile, ...], tuple[Task, ...]]:
+    """The files, and the tasks in the order of their bytes: wide dtypes first, so that every tensor is aligned."""
+    files, tasks = [], []
+    for number, (name, shard) in enumerate(shards.items()):
+        tensors = sorted(shard, key=lambda tensor: -ITEMSIZE[tensor.dtype])
+        offset = begin = len(build_header([(t.source.name, t.dtype, t.source.shape) for t in tensors]))
+        for tensor in tensors:
+            tasks.append(
+                Task(
+                    kind=tensor.kind,
+                    source=tensor.source,
+                    dtype=tensor.dtype,
+                    deltas=tensor.deltas,
+                    file=number,
+                    begin=offset,
+                )
+            )
+            offset += tensor.nbytes
+        files.append(OutputFile(name=name, nbytes=offset, data_begin=begin))
+    return tuple(files), tuple(tasks)
+
+
+def cut_segments(tasks: tuple[Task, ...]) -> tuple[Segment, ...]:
+    """Every block of every task in exactly one segment, and every task in one; in the order of files and bytes.
+
+    The size depends on the model alone (16 to 128 MiB), never on the number of ranks.
+    """
+    total = sum(task.nbytes for task in tasks)
+    smallest, largest = _SEGMENT_NBYTES
+    wanted = min(max(total // _SEGMENTS_WANTED, smallest), largest)
+    segments: list[Segment] = []
+    pieces: list[Piece] = []
+    nbytes = 0
+
+    def close(file: int) -> None:
+        nonlocal pieces, nbytes
+        if pieces:
+            segments.append(Segment(file=file, nbytes=nbytes, pieces=tuple(pieces)))
+        pieces, nbytes = [], 0
+
+    for number, task in enumerate(tasks):
+        if number and tasks[number - 1].file != task.file:
+            close(tasks[number - 1].file)
+        first, count = 0, task.num_blocks
+        if count == 0:  # an empty tensor is written by being in the header
+            pieces.append(Piece(task=number, first=0, last=0))
+        while first < count:
+            per_block = max(1, task.nbytes // count)
+            take = min(count - first, max(1, (wanted - nbytes) // per_block))
+            begin, end = task.block(first)[0], task.block(first + take - 1)[1]
+            pieces.append(Piece(task=number, first=first, last=first + take))
+            nbytes += (end - begin) * ITEMSIZE[task.dtype]
+            first += take
+            if nbytes >= wanted * 15 // 16:
+                close(task.file)
+    if tasks:
+        close(tasks[-1].file)
+    return tuple(segments)

@@ -1,0 +1,141 @@
+"""The whole run in order: plan, claim, read, dequantize, apply, write, gather, verify, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distmerge.claim import claims
+from distmerge.config import MergeConfig
+from distmerge.errors import PeerFailed, VerifyError
+from distmerge.plan import Plan, make_plan
+from distmerge.progress import Display, Snapshot, clock, gigabytes
+from distmerge.publish import check_output, is_published, publish
+from distmerge.receipt import read_receipt
+from distmerge.share import Records, Share
+from distmerge.verify import check_headers, check_records
+from distmerge.work import WorkFolder
+from distmerge.world import World, default_nproc, launch, launched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeResult:
+    """A published merge: its folder, the adapter tensors in its ledger, its files and their bytes, and the seconds
+    that this call took."""
+
+    output: Path
+    num_adapter_tensors: int
+    num_files: int
+    nbytes: int
+    seconds: float
+
+
+def merge(config: MergeConfig, world: World, display: Display) -> None:
+    """Merges as `config` says, together with the other ranks of `world`; on return the output is published.
+
+    Raises InputError before anything is written, VerifyError before anything is published, MachineError, Interrupted
+    or PeerFailed at any time; the output is then absent, and the same command resumes.
+    """
+    work = WorkFolder(config.output)
+    device = world.device(config.device)
+    planned = world.first("plan", lambda: _plan(config, work, device.type, display))  # plan
+    if planned is None:
+        return
+    plan = work.load(planned)
+    with (
+        display.watching(world.reports, sum(task.nbytes for task in plan.tasks), _recorder(work)),
+        Share(plan, config, work, world, device) as share,
+    ):
+        for segment in claims(plan, world):  # claim
+            share.do(segment)  # read, dequantize, apply, write
+        gathered = world.collect("records", share.records().to_json())  # gather
+    world.first("publish", lambda: _publish(config, plan, work, gathered, display))  # verify, publish
+
+
+def run(config: MergeConfig) -> MergeResult:
+    """Merges as `config` says: as one rank under torchrun, on `config.nproc` new ranks of this machine, or in this
+    process alone. Raises the errors of `merge`; of several ranks only the first to fail raises it with words."""
+    started = time.monotonic()
+    nproc = config.nproc or default_nproc(config.device)
+    if not launched() and nproc > 1:
+        if exit_code := launch(nproc, ["merge", *config.to_argv()]):
+            raise PeerFailed("a rank has failed", exit_code=exit_code)
+    else:
+        _run_rank(config)
+    receipt = read_receipt(config.output)
+    if receipt is None:
+        raise VerifyError("the output is gone", where=str(config.output))
+    return MergeResult(
+        output=config.output,
+        num_adapter_tensors=len(receipt["ledger"]),
+        num_files=len(receipt["files"]),
+        nbytes=sum(file["bytes"] for file in receipt["files"].values()),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _run_rank(config: MergeConfig) -> None:
+    world = World.join(timeout=config.timeout)
+    display = Display(quiet=world.place.rank != 0)
+    try:
+        with world.interruptible():
+            merge(config, world, display)
+    except BaseException as error:
+        if not world.fail(error):
+            raise PeerFailed("another rank has failed", exit_code=getattr(error, "exit_code", 1)) from error
+        exit_code = getattr(error, "exit_code", 1)
+        WorkFolder(config.output).write_status({"state": "failed", "exit_code": exit_code, "error": str(error)})
+        raise
+    finally:
+        world.leave()
+
+
+def _plan(config: MergeConfig, work: WorkFolder, device: str, display: Display) -> str | None:
+    """The hash of the plan that is ready in the work folder, or None if its result is published already."""
+    check_output(config)
+    plan = make_plan(config, device)
+    for warning in plan.warnings:
+        display.say(f"warning  {warning}")
+    if is_published(config, plan):
+        display.say(f"done     {config.output} holds the result of this merge already")
+        work.discard()
+        return None
+    digest = work.open(plan)
+    num_merged = sum(bool(task.deltas) for task in plan.tasks)
+    display.say(
+        f"plan     {len(plan.tasks)} tensors, {num_merged} of them merged, into {len(plan.files)} files of "
+        f"{gigabytes(plan.nbytes_to_write)}, on {device}"
+    )
+    work.event("planned", plan=digest, num_tensors=len(plan.tasks), nbytes=plan.nbytes_to_write)
+    return digest
+
+
+def _publish(config: MergeConfig, plan: Plan, work: WorkFolder, gathered: list[str], display: Display) -> None:
+    """Proves the records of all ranks against the plan, and publishes."""
+    records = [Records.from_json(text) for text in gathered]
+    segments = [segment for record in records for segment in record.segments]
+    shards = [shard for record in records for shard in record.shards]
+    check_records(plan, segments, shards)
+    check_headers(plan, work.model)
+    receipt = publish(config, plan, work, segments, shards)
+    if kept := sum(record.num_kept for record in records):
+        display.say(f"resumed  {kept} of {len(plan.segments)} segments were finished by an earlier run")
+    display.say(
+        f"proven   {len(receipt['ledger'])} adapter tensors applied exactly once, {len(plan.tasks)} tensors written, "
+        f"{len(receipt['files'])} files hashed"
+    )
+
+
+def _recorder(work: WorkFolder) -> Callable[[Snapshot], None]:
+    def record(snapshot: Snapshot) -> None:
+        work.write_status({"state": "merging", "exit_code": None, **asdict(snapshot)})
+
+    return record
+
+
+def summary(result: MergeResult) -> str:
+    """What a person wants to read at the end."""
+    rate = result.nbytes / result.seconds / 1e9 if result.seconds else 0.0
+    return f"done     {result.output}  {gigabytes(result.nbytes)} in {clock(result.seconds)}  ({rate:.2f} GB/s)"

@@ -1,0 +1,33 @@
+"""LoRA arithmetic: deltas added in float32, norms of deltas from their factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """One delta, `scaling * b @ a`: `a` (r, in) and `b` (out, r), float32 on the device of the merge."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+def add_deltas(weight: Tensor, factors: tuple[Factors, ...], *, rows: slice, cols: slice) -> None:
+    """Adds to `weight`, float32 (rows, cols), that part of every delta, one after another, in place.
+
+    The inner dimension is never split, so an element is the same dot product however the rest is cut.
+    """
+    for factor in factors:
+        weight.addmm_(factor.b[rows], factor.a[:, cols], alpha=factor.scaling)
+
+
+def delta_norm(factor: Factors) -> float:
+    """The Frobenius norm of `scaling * b @ a`, from the r x r Gram matrices: `tr((b'b)(aa'))`, in float64."""
+    a, b = factor.a.double(), factor.b.double()
+    squared = torch.sum((b.T @ b) * (a @ a.T)).clamp_min(0)
+    return abs(factor.scaling) * float(squared.sqrt())

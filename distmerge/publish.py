@@ -1,0 +1,151 @@
+"""From a finished work folder to the output: side files, receipt, index last, then one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distmerge.checkpoint.base import INDEX, SINGLE
+from distmerge.checkpoint.sidefiles import read_side_file
+from distmerge.config import MergeConfig
+from distmerge.errors import InputError, MachineError, VerifyError, listing
+from distmerge.plan import Plan, plan_hash
+from distmerge.receipt import RECEIPT, build_ledger, build_receipt, read_receipt, receipt_bytes
+from distmerge.report.card import model_card
+from distmerge.storage.files import fsync_dir, io_errors, replace_file
+from distmerge.stream import SegmentRecord
+from distmerge.work import ShardRecord, WorkFolder
+
+
+def check_output(config: MergeConfig) -> None:
+    """Raises InputError if the output may not be written where `config` says, before anything is read or written."""
+    output = config.output.resolve()
+    inputs = [("base", config.base), *(("adapter", adapter.folder) for adapter in config.adapters)]
+    for what, folder in inputs:
+        taken = folder.resolve()
+        if output == taken or taken in output.parents or output in taken.parents:
+            raise InputError(f"the output is, holds or lies in the {what} {folder}", where=str(config.output))
+    if config.output.is_symlink() or (config.output.exists() and not config.output.is_dir()):
+        raise InputError("is there and is not a folder", where=str(config.output), hint="choose another --output")
+    if not config.output.exists() or not any(config.output.iterdir()):
+        return
+    if read_receipt(config.output) is None:
+        raise InputError(
+            "is there, is not empty, and was not written by distmerge",
+            where=str(config.output),
+            hint="choose another --output; --overwrite replaces only outputs of distmerge",
+        )
+
+
+def is_published(config: MergeConfig, plan: Plan) -> bool:
+    """True if the output holds the result of `plan` already. Raises InputError if it holds that of another one and
+    may not be replaced."""
+    receipt = read_receipt(config.output) if config.output.is_dir() else None
+    if receipt is None or config.overwrite:
+        return False
+    sizes = {name: (config.output / name) for name in receipt["files"]}
+    whole = all(path.is_file() and path.stat().st_size == receipt["files"][n].get("bytes") for n, path in sizes.items())
+    if receipt["plan"] == plan_hash(plan) and whole:
+        return True
+    raise InputError(
+        "holds the result of another merge" if whole else "holds a damaged result",
+        where=str(config.output),
+        hint="choose another --output, or replace it with --overwrite",
+    )
+
+
+def publish(
+    config: MergeConfig,
+    plan: Plan,
+    work: WorkFolder,
+    segments: Sequence[SegmentRecord],
+    shards: Sequence[ShardRecord],
+) -> dict[str, Any]:
+    """Completes the model in the work folder and makes it the output; returns the receipt.
+
+    Every file is durable before the rename, the index is the last to appear, and after the rename the work folder is
+    removed. Killed anywhere in between, the next run does what is left.
+    """
+    ledger = build_ledger(plan, segments)
+    files = {plan.files[shard.file].name: {"sha256": shard.sha256, "bytes": shard.nbytes} for shard in shards}
+    contents: dict[str, bytes] = {}
+    folders = (config.base, *(adapter.folder for adapter in config.adapters))
+    for side in plan.side_files:
+        contents[side.name] = read_side_file(folders[side.source], side)
+    if plan.config_json is not None:
+        contents["config.json"] = plan.config_json.encode()
+    elif (config.base / "config.json").exists():
+        contents["config.json"] = (config.base / "config.json").read_bytes()
+    contents["README.md"] = model_card(plan, config.base.resolve().name, ledger).encode()
+    index = _index(plan)
+    for name, data in {**contents, **index}.items():
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    receipt = build_receipt(plan, config, ledger, dict(sorted(files.items())))
+    for name, data in {**contents, RECEIPT: receipt_bytes(receipt), **index}.items():
+        _write(work.model, name, data)
+    _sweep(work.model, {*files, RECEIPT})
+    _rename(work, config.output)
+    return receipt
+
+
+def _index(plan: Plan) -> dict[str, bytes]:
+    """The index file, unless the model is the one file that needs none."""
+    if [file.name for file in plan.files] == [SINGLE]:
+        return {}
+    index = {
+        "metadata": {
+            "total_parameters": sum(task.source.numel for task in plan.tasks),
+            "total_size": sum(task.nbytes for task in plan.tasks),
+        },
+        "weight_map": {task.name: plan.files[task.file].name for task in sorted(plan.tasks, key=lambda t: t.name)},
+    }
+    return {INDEX: (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def _write(folder: Path, name: str, data: bytes) -> None:
+    path = folder / name
+    with io_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, data)
+    while path.parent != folder:
+        path = path.parent
+        fsync_dir(path.parent)
+
+
+def _sweep(folder: Path, expected: set[str]) -> None:
+    """Removes what an interrupted publish left behind. Raises VerifyError for anything that is not ours."""
+    with io_errors(folder):
+        found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if not path.is_dir()}
+        for name, path in found.items():
+            if name not in expected and name.endswith(".tmp"):
+                path.unlink()
+    strangers = sorted(name for name in found if name not in expected and not name.endswith(".tmp"))
+    if strangers or (missing := sorted(expected - found.keys())):
+        raise VerifyError(
+            f"strange files {listing(strangers)}" if strangers else f"missing files {listing(missing)}",
+            where=str(folder),
+        )
+    fsync_dir(folder)
+
+
+def _rename(work: WorkFolder, output: Path) -> None:
+    """One rename makes the model the output; a result that may be replaced steps aside first."""
+    replaced = work.path / "replaced"
+    with io_errors(output):
+        if output.exists() and any(output.iterdir()):
+            shutil.rmtree(replaced, ignore_errors=True)
+            output.rename(replaced)
+        try:
+            os.rename(work.model, output)
+        except OSError as error:
+            # Network file systems may report failure for a rename that happened.
+            if work.model.exists() or not (output / RECEIPT).exists():
+                raise MachineError(f"cannot be renamed to ({error.strerror})", where=str(output)) from None
+    fsync_dir(output.parent)
+    fsync_dir(work.path)
+    work.discard()

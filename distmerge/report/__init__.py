@@ -1,0 +1,1 @@
+"""What people look at: the plan as a table, the model card."""

@@ -1,0 +1,74 @@
+"""README.md of the output: what was merged into what, how it was proven, how to load it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from distmerge import __version__
+from distmerge.plan import Plan
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(plan: Plan, base_name: str, ledger: dict[str, dict[str, Any]]) -> str:
+    """The model card in Markdown, with metadata that the Hub reads."""
+    from huggingface_hub import ModelCardData
+
+    told = [adapter.base_model for adapter in plan.adapters if _HUB_NAME.fullmatch(adapter.base_model)]
+    several = len(plan.adapters) > 1
+    metadata = ModelCardData(
+        base_model=told[0] if told else None, library_name="transformers", tags=["distmerge", "lora", "merge"]
+    )
+    if told:
+        metadata["base_model_relation"] = "merge" if several else "finetune"
+    packed = any(task.source.packing for task in plan.tasks)
+    lines = [
+        "---",
+        metadata.to_yaml(),
+        "---",
+        "",
+        f"# {base_name}, with {_join([adapter.name for adapter in plan.adapters])} merged in",
+        "",
+        f"This checkpoint is [{base_name}]"
+        + (f"(https://huggingface.co/{told[0]})" if told else "")
+        + " with the deltas of "
+        + ("these adapters" if several else "this adapter")
+        + " added to its weights by distmerge "
+        + f"{__version__}:",
+        "",
+        "| adapter | weight | tensors | SHA-256 |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {_cell(adapter.name)} | {adapter.weight:g} | {adapter.num_tensors} | `{adapter.weights_sha256}` |"
+            for adapter in plan.adapters
+        ),
+        "",
+        f"All {len(ledger)} adapter tensors were applied exactly once, in float32, and each element was rounded once. "
+        + (
+            "The base was packed in 4 bits; the deltas were added to its dequantized values, those that training saw. "
+            if packed
+            else ""
+        )
+        + "`merge_receipt.json` lists every adapter tensor with the tensor it went into, and every file's SHA-256.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+        "Served as any other checkpoint: `vllm serve path/to/this/folder`. Checked by `distmerge verify "
+        "path/to/this/folder`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _join(names: list[str]) -> str:
+    cells = [_cell(name) for name in names]
+    return cells[0] if len(cells) == 1 else f"{', '.join(cells[:-1])} and {cells[-1]}"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)

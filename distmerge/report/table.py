@@ -1,0 +1,80 @@
+"""The plan as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from distmerge.config import MergeConfig
+from distmerge.plan import Plan, count_lanes, plan_hash
+from distmerge.progress import gigabytes
+from distmerge.storage.files import free_nbytes
+
+
+def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbytes: int, nproc: int) -> dict[str, Any]:
+    """What the plan means for the machine, as plain data: counts, bytes, memory for each rank, room, warnings."""
+    kinds: dict[str, dict[str, int]] = {}
+    for task in plan.tasks:
+        kind = kinds.setdefault(task.kind, {"tensors": 0, "bytes_read": 0, "bytes_written": 0})
+        kind["tensors"] += 1
+        kind["bytes_read"] += task.source.nbytes_read
+        kind["bytes_written"] += task.nbytes
+    lanes = count_lanes(plan, config.memory_budget, wanted=wanted_lanes)
+    buffers = lanes * plan.lane_nbytes + (lanes + 1) * plan.factors_nbytes
+    device = plan.fingerprint["device"]
+    return {
+        "plan": plan_hash(plan),
+        "base": str(config.base),
+        "output": str(config.output),
+        "device": device,
+        "ranks": nproc,
+        "lanes_per_rank": lanes,
+        "memory_per_rank": buffers,
+        "device_memory_per_rank": 0 if device == "cpu" else buffers,
+        "kinds": kinds,
+        "packed_tensors": sum(task.source.packing is not None for task in plan.tasks),
+        "adapters": [asdict(adapter) for adapter in plan.adapters],
+        "files": [{"name": file.name, "bytes": file.nbytes} for file in plan.files],
+        "segments": len(plan.segments),
+        "side_files": [file.name for file in plan.side_files],
+        "overlaid_files": [file.name for file in plan.side_files if file.source],
+        "config_changed": plan.config_json is not None,
+        "room_needed": room_nbytes,
+        "room_free": free_nbytes(config.output.parent),
+        "warnings": list(plan.warnings),
+    }
+
+
+def plan_table(facts: dict[str, Any]) -> str:
+    """The facts of a plan as aligned lines."""
+    rows = [("base", facts["base"])]
+    for adapter in facts["adapters"]:
+        rows.append(("adapter", f"{adapter['name']}  weight {adapter['weight']:g}, {adapter['num_tensors']} tensors"))
+    for kind in ("merge", "convert", "copy"):
+        if found := facts["kinds"].get(kind):
+            read, written = gigabytes(found["bytes_read"]), gigabytes(found["bytes_written"])
+            rows.append((kind, f"{found['tensors']} tensors, read {read}, write {written}"))
+    if facts["packed_tensors"]:
+        rows.append(("packed", f"{facts['packed_tensors']} tensors are dequantized from 4 bits"))
+    rows.append(("output", f"{facts['output']}  {_shards(facts['files'])}, {len(facts['side_files'])} side files"))
+    if facts["overlaid_files"]:
+        rows.append(("overlaid", f"from the adapter: {', '.join(facts['overlaid_files'])}"))
+    if facts["config_changed"]:
+        rows.append(("config", "config.json is made true to the weights"))
+    rows.append(("device", f"{facts['device']}, {facts['ranks']} ranks, {facts['lanes_per_rank']} lanes each"))
+    memory = f"{gigabytes(facts['memory_per_rank'])} of buffers for each rank"
+    if facts["device_memory_per_rank"]:
+        memory += f", {gigabytes(facts['device_memory_per_rank'])} on its device"
+    rows.append(("memory", memory))
+    rows.append(("room", f"{gigabytes(facts['room_needed'])} needed, {gigabytes(facts['room_free'])} free"))
+    lines = [f"{label:<9}{text}" for label, text in rows]
+    lines += [f"{'warning':<9}{warning}" for warning in facts["warnings"]]
+    if facts["room_free"] < facts["room_needed"]:
+        lines.append(f"{'warning':<9}the output does not fit in {os.path.dirname(facts['output']) or '.'}")
+    return "\n".join(lines)
+
+
+def _shards(files: list[dict[str, Any]]) -> str:
+    total = gigabytes(sum(file["bytes"] for file in files))
+    return f"{files[0]['name']} of {total}" if len(files) == 1 else f"{len(files)} shards, {total}"

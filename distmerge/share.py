@@ -1,0 +1,126 @@
+"""One rank's share of a run: the segments it claims, done anew or kept from an earlier run, and the files it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import torch
+
+from distmerge.config import MergeConfig
+from distmerge.plan import Plan, count_lanes, plan_hash
+from distmerge.storage.records import decode, encode
+from distmerge.stream import SegmentRecord, Stream
+from distmerge.work import ShardRecord, WorkFolder
+from distmerge.world import World
+
+_REPORT_SECONDS = 0.5
+_MAX_LANES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """What a rank did: every segment it claimed, every weight file it ended, and how many segments it kept."""
+
+    segments: tuple[SegmentRecord, ...]
+    shards: tuple[ShardRecord, ...]
+    num_kept: int
+
+    def to_json(self) -> str:
+        return encode(self)
+
+    @staticmethod
+    def from_json(text: str) -> Records:
+        records: Records = decode(Records, json.loads(text))
+        return records
+
+
+class Share:
+    """Does segments of `plan` on `device` and keeps their records; a context manager that ends its threads."""
+
+    def __init__(self, plan: Plan, config: MergeConfig, work: WorkFolder, world: World, device: torch.device) -> None:
+        torch.set_num_threads(1)  # the lanes are the threads
+        torch.set_float32_matmul_precision("highest")
+        self._plan, self._work, self._world = plan, work, world
+        self._plan_hash = plan_hash(plan)
+        self._earlier = work.done(plan)
+        self._per_file = Counter(segment.file for segment in plan.segments)
+        self._stream = Stream(
+            plan,
+            config.base,
+            tuple(adapter.folder for adapter in config.adapters),
+            lambda number: work.open_file(plan, number),
+            device=device,
+            num_lanes=count_lanes(plan, config.memory_budget, wanted=wanted_lanes(world.place.local_size)),
+        )
+        self._segments: list[SegmentRecord] = []
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
+        self._finishing: list[Future[ShardRecord]] = []
+        self._num_kept = 0
+        self._reported = 0.0
+        self._doing = ""
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finisher.shutdown(wait=True, cancel_futures=True)
+        self._stream.close()
+
+    def do(self, number: int) -> None:
+        """Writes segment `number`, unless an earlier run wrote it and its bytes are still what they were."""
+        file = self._plan.segments[number].file
+        self._doing = self._plan.files[file].name
+        record = self._earlier.segments.get(number)
+        if record is not None and self._stream.check(record, self.tick):
+            self._num_kept += 1
+        else:
+            record = self._stream.run(number, self.tick)
+            self._work.note(self._plan_hash, segment=record)
+            self._world.count(f"written/{file}")
+        self._segments.append(record)
+        if self._world.count(f"ended/{file}") == self._per_file[file]:
+            self._finishing.append(self._finisher.submit(self._finish, file))
+
+    def records(self) -> Records:
+        """The records of everything that `do` did, once the files that this rank ended are durable."""
+        self._doing = "making files durable"
+        pending = set(self._finishing)
+        while pending:
+            _, pending = wait(pending, timeout=0.1)
+            self.tick()
+        self._report("waiting for the other ranks")
+        return Records(
+            segments=tuple(self._segments),
+            shards=tuple(future.result() for future in self._finishing),
+            num_kept=self._num_kept,
+        )
+
+    def tick(self) -> None:
+        """Notices signals and failed ranks, and reports progress; called a few times a second."""
+        self._world.check()
+        if time.monotonic() - self._reported > _REPORT_SECONDS:
+            self._report(self._doing)
+
+    def _report(self, doing: str) -> None:
+        self._reported = time.monotonic()
+        self._world.report({"nbytes": self._stream.nbytes_done, "doing": doing})
+
+    def _finish(self, file: int) -> ShardRecord:
+        earlier = self._earlier.shards.get(file)
+        if earlier is not None and self._world.counted(f"written/{file}") == 0:
+            return earlier
+        record = self._work.finish(self._plan, file)
+        self._work.note(self._plan_hash, shard=record)
+        self._work.event("shard_done", file=self._plan.files[file].name, nbytes=record.nbytes, sha256=record.sha256)
+        return record
+
+
+def wanted_lanes(local_size: int) -> int:
+    """Lanes that keep this rank's part of the machine's cores busy while some of them wait for the disk."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores // local_size + 1, _MAX_LANES)

@@ -1,0 +1,151 @@
+"""Files read exactly, written whole and made durable; every OSError leaves here as a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from distmerge.errors import InputError, MachineError
+
+WRITE_NBYTES = 1 << 20  # larger buffered writes ask the kernel for huge folios and run several times slower
+READ_NBYTES = 4 << 20
+
+_ADVICE = {
+    errno.ENOSPC: "free some room, then run the same command again: it resumes",
+    errno.EDQUOT: "the quota is used up; free some room, then run the same command again: it resumes",
+    errno.EFBIG: "a file size limit is in force (ulimit -f)",
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "check the permissions",
+}
+
+
+@contextlib.contextmanager
+def io_errors(where: str | Path) -> Iterator[None]:
+    """Turns an OSError of the body into a MachineError that names `where`."""
+    try:
+        yield
+    except OSError as error:
+        code = error.errno or 0
+        text = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
+        raise MachineError(text, where=str(where), hint=_ADVICE.get(code, "")) from error
+
+
+def open_input(path: Path) -> int:
+    """A read-only descriptor of a regular file, symlinks followed. Raises InputError for anything else."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
+    except OSError as error:
+        raise InputError(f"cannot be opened ({error.strerror})", where=str(path)) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InputError("is not a regular file", where=str(path))
+    return fd
+
+
+def read_exact(fd: int, view: memoryview, offset: int, where: str | Path) -> None:
+    """Fills `view` from `offset` of the file. Raises MachineError when the file ends early."""
+    done = 0
+    while done < len(view):
+        with io_errors(where):
+            count = os.preadv(fd, [view[done:]], offset + done)
+        if count == 0:
+            raise MachineError(f"ended at byte {offset + done}, {len(view) - done} bytes early", where=str(where))
+        done += count
+
+
+def write_exact(fd: int, view: memoryview, offset: int, where: str | Path) -> None:
+    """Writes all of `view` at `offset` of the file, in slices of at most 1 MiB."""
+    done = 0
+    while done < len(view):
+        with io_errors(where):
+            done += os.pwrite(fd, view[done : done + WRITE_NBYTES], offset + done)
+
+
+def read_range(path: Path, offset: int, nbytes: int) -> bytes:
+    """`nbytes` bytes of the input file at `path` from `offset`."""
+    fd = open_input(path)
+    try:
+        data = bytearray(nbytes)
+        read_exact(fd, memoryview(data), offset, path)
+        return bytes(data)
+    finally:
+        os.close(fd)
+
+
+def fsync_dir(path: Path) -> None:
+    """Makes the names in the folder durable. File systems that cannot (EINVAL) are left alone."""
+    with io_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(fd)
+
+
+def allocate(fd: int, nbytes: int, where: str | Path) -> None:
+    """Gives the file exactly `nbytes` bytes, reserved on disk where the file system can; ENOSPC shows up here."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    reserve = getattr(libc, "fallocate", None)  # glibc's posix_fallocate would write the whole file on NFS
+    with io_errors(where):
+        os.ftruncate(fd, nbytes)
+        if reserve is None or nbytes == 0:
+            return
+        if reserve(fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(nbytes)) != 0:
+            code = ctypes.get_errno()
+            if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise OSError(code, os.strerror(code))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """The file at `path` holds `data`, durably, with ordinary permissions; at no instant a part of it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with io_errors(path):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                write_exact(fd, memoryview(data), 0, path)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    fsync_dir(path.parent)
+
+
+def sha256_of(path: Path, each: Callable[[memoryview], None] | None = None) -> str:
+    """The SHA-256 of the file in hex, read in pieces; `each` sees every piece as it passes."""
+    fd = open_input(path)
+    try:
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_NBYTES))
+        offset, size = 0, os.fstat(fd).st_size
+        while offset < size:
+            piece = buffer[: min(READ_NBYTES, size - offset)]
+            read_exact(fd, piece, offset, path)
+            digest.update(piece)
+            if each is not None:
+                each(piece)
+            offset += len(piece)
+        return digest.hexdigest()
+    finally:
+        os.close(fd)
+
+
+def free_nbytes(folder: Path) -> int:
+    """Bytes that this user can still write on the file system of `folder` or of its nearest existing parent."""
+    while not folder.exists():
+        folder = folder.parent
+    usage = os.statvfs(folder)
+    return usage.f_bavail * usage.f_frsize

@@ -1,0 +1,45 @@
+"""JSON from strangers: duplicate keys, depth and size are refused instead of resolved in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distmerge.errors import InputError, printable
+
+MAX_NBYTES = 512 << 20  # an index of half a million tensors is about 100 MB
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {printable(twice)!r} stands twice in one object")
+    return result
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `data`. Raises InputError for anything else, naming `where`."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 at byte {error.start}", where=where) from None
+    except RecursionError:
+        raise InputError("JSON is nested too deeply", where=where) from None
+    except ValueError as error:  # JSONDecodeError is one too
+        raise InputError(f"not valid JSON ({error})", where=where, hint="is the file cut off? fetch it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"must be a JSON object, not {type(value).__name__}", where=where)
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`. Raises InputError when it is missing or malformed."""
+    try:
+        if path.stat().st_size > MAX_NBYTES:
+            raise InputError(f"larger than {MAX_NBYTES} bytes ({path.stat().st_size})", where=str(path))
+        return parse_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=str(path)) from None

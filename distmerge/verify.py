@@ -1,0 +1,71 @@
+"""The proof before publishing: what was done is what was planned, each thing exactly once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from distmerge.checkpoint.header import read_header
+from distmerge.errors import VerifyError, listing
+from distmerge.plan import Plan
+from distmerge.stream import SegmentRecord
+from distmerge.work import ShardRecord
+
+
+def check_records(plan: Plan, segments: Sequence[SegmentRecord], shards: Sequence[ShardRecord]) -> None:
+    """Holds the records of all ranks against the plan. Raises VerifyError, naming what is missing or was done twice.
+
+    - every segment and every weight file is recorded exactly once;
+    - every output tensor has each of its elements written exactly once;
+    - every adapter tensor was added to each element of its output tensor exactly once.
+    """
+    _exactly_once("segments", Counter(record.segment for record in segments), len(plan.segments))
+    _exactly_once("weight files", Counter(shard.file for shard in shards), len(plan.files))
+    written: Counter[int] = Counter()
+    added: Counter[int] = Counter()
+    for record in segments:
+        planned = [piece.task for piece in plan.segments[record.segment].pieces]
+        if planned != [piece.task for piece in record.pieces]:
+            raise VerifyError(f"segment {record.segment} did other tensors than planned")
+        for piece in record.pieces:
+            written[piece.task] += piece.numel
+            added[piece.task] += piece.numel * piece.num_deltas
+    wrong = [
+        task.name
+        for number, task in enumerate(plan.tasks)
+        if written[number] != task.source.numel or added[number] != task.source.numel * len(task.deltas)
+    ]
+    if wrong:
+        raise VerifyError(f"{len(wrong)} tensors were not written or merged exactly once: {listing(wrong)}")
+    applied = sum(2 * len(task.deltas) for task in plan.tasks)
+    if applied != (promised := sum(adapter.num_tensors for adapter in plan.adapters)):
+        raise VerifyError(f"{applied} adapter tensors were applied, the adapters hold {promised}")
+
+
+def check_headers(plan: Plan, folder: Path) -> None:
+    """Reads the headers on disk, ours and by the safetensors library, and holds them against the plan."""
+    from safetensors import SafetensorError, safe_open
+
+    for number, file in enumerate(plan.files):
+        path = folder / file.name
+        planned = {task.name: (task.dtype, task.source.shape, task.begin) for task in plan.tasks_of(number)}
+        found = {spec.name: (spec.dtype, spec.shape, spec.begin) for spec in read_header(path).tensors}
+        if planned != found:
+            raise VerifyError("the header on disk is not the planned one", where=str(path))
+        try:
+            with safe_open(path, framework="pt") as opened:
+                names = set(opened.keys())
+        except SafetensorError as error:
+            raise VerifyError(f"the safetensors library refuses it ({error})", where=str(path)) from None
+        if names != planned.keys():
+            raise VerifyError("the safetensors library reads other tensors than planned", where=str(path))
+
+
+def _exactly_once(what: str, counts: Counter[int], expected: int) -> None:
+    missing = [str(number) for number in range(expected) if not counts[number]]
+    twice = [str(number) for number, count in counts.items() if count > 1 or not 0 <= number < expected]
+    if missing:
+        raise VerifyError(f"{len(missing)} {what} were not done: {listing(missing)}", hint="run the same command again")
+    if twice:
+        raise VerifyError(f"{len(twice)} {what} were done twice: {listing(twice)}", hint="run the same command again")

@@ -1,0 +1,293 @@
+"""The work folder beside the output: the manifest, the growing model, and records of what is finished.
+
+OUT.distmerge/
+  manifest.json           the plan, and what it was made from
+  model/                  becomes OUT; an unfinished weight file ends in `.part`, which no loader globs
+  done/                   journals, one a rank and attempt: a line for each finished segment and shard
+  status.json  events.jsonl
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distmerge.errors import InputError, MachineError, VerifyError
+from distmerge.plan import Plan, plan_hash
+from distmerge.storage.files import (
+    allocate,
+    free_nbytes,
+    fsync_dir,
+    io_errors,
+    replace_file,
+    sha256_of,
+    write_exact,
+)
+from distmerge.storage.records import decode, encode
+from distmerge.storage.strict_json import read_object
+from distmerge.stream import SegmentRecord
+
+_MANIFEST = "manifest.json"
+_LOCK_SECONDS = 10.0
+_STALE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """A weight file that is whole, durable and under its final name."""
+
+    file: int
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What earlier runs finished, by segment and by file number."""
+
+    segments: dict[int, SegmentRecord]
+    shards: dict[int, ShardRecord]
+
+
+class WorkFolder:
+    """The work folder of the merge into `output`, a sibling of it on the same file system."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output.with_name(f"{output.name}.distmerge")
+        self.model = self.path / "model"
+        self._done = self.path / "done"
+        self._lock: int | None = None
+        self._journal: int | None = None
+
+    # -- opening
+
+    def open(self, plan: Plan) -> str:
+        """Makes the folder ready for `plan`, or finds it ready, and returns the plan's hash.
+
+        Holds the folder until `release`. Raises InputError if it belongs to another merge, MachineError if there is
+        no room; a folder that was not there before is then gone again.
+        """
+        fresh = not self.path.exists()
+        with io_errors(self.path):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._check_room(plan)
+            self.path.mkdir(exist_ok=True)
+        try:
+            self._take_lock()
+            self._agree(plan)
+            with io_errors(self.path):
+                self._done.mkdir(exist_ok=True)
+                self.model.mkdir(exist_ok=True)
+            for number in range(len(plan.files)):
+                self._prepare(plan, number)
+            fsync_dir(self.model)
+            fsync_dir(self.path)
+        except BaseException:
+            if fresh:
+                self.discard()
+            raise
+        return plan_hash(plan)
+
+    def load(self, expected_hash: str) -> Plan:
+        """The plan in the manifest, as another rank wrote it. Raises VerifyError if it is not the expected one."""
+        path = self.path / _MANIFEST
+        deadline = time.monotonic() + _STALE_SECONDS  # a network file system may show the file late
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        plan = _plan_of(path)
+        if plan is None or plan_hash(plan) != expected_hash:
+            raise VerifyError(
+                "the manifest is not the one that rank 0 has written",
+                where=str(path),
+                hint="every rank must see the same folder; is the output on storage that all nodes share?",
+            )
+        return plan
+
+    def done(self, plan: Plan) -> Done:
+        """What the journals say is finished under this very plan; torn and foreign lines count for nothing."""
+        found = Done(segments={}, shards={})
+        expected = plan_hash(plan)
+        for journal in sorted(self._done.glob("*.jsonl")):
+            for line in journal.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                    entry = json.loads(line)
+                    if entry["plan"] != expected:
+                        continue
+                    if "segment" in entry:
+                        segment: SegmentRecord = decode(SegmentRecord, entry["segment"])
+                        found.segments[segment.segment] = segment
+                    else:
+                        shard: ShardRecord = decode(ShardRecord, entry["shard"])
+                        found.shards[shard.file] = shard
+        return found
+
+    # -- weight files
+
+    def open_file(self, plan: Plan, number: int) -> int:
+        """A descriptor for reading and writing weight file `number`, finished or not."""
+        return self._open_either(plan.files[number].name, os.O_RDWR)
+
+    def finish(self, plan: Plan, number: int) -> ShardRecord:
+        """Makes weight file `number`, all of whose segments are written, durable under its final name."""
+        file = plan.files[number]
+        part, final = self.model / f"{file.name}.part", self.model / file.name
+        digest = sha256_of(part if part.exists() else final)
+        with io_errors(final):
+            fd = self._open_either(file.name, os.O_RDWR)
+            try:
+                nbytes = os.fstat(fd).st_size
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            try:
+                part.rename(final)
+            except FileNotFoundError:  # an earlier attempt, or a rank that outlived it, was here first
+                if not final.exists():
+                    raise
+        if nbytes != file.nbytes:
+            raise VerifyError(f"has {nbytes} bytes, planned were {file.nbytes}", where=file.name)
+        fsync_dir(self.model)
+        return ShardRecord(file=number, nbytes=nbytes, sha256=digest)
+
+    def note(self, plan_digest: str, **record: SegmentRecord | ShardRecord) -> None:
+        """Appends a line to this process's journal: `segment=` or `shard=`. A shard's line is made durable."""
+        if self._journal is None:
+            with io_errors(self._done):
+                name = self._done / f"{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+                self._journal = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        line = json.dumps({"plan": plan_digest, **{key: json.loads(encode(value)) for key, value in record.items()}})
+        with io_errors(self._done):
+            os.write(self._journal, f"{line}\n".encode())
+            if "shard" in record:
+                os.fsync(self._journal)
+
+    # -- people
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replaces status.json; a reader never sees a part of it. Not durable, and never a reason to fail."""
+        temporary = self.path / ".status.tmp"
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
+            temporary.replace(self.path / "status.json")
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Appends a line to events.jsonl. Never a reason to fail."""
+        with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), "event": name, **fields}) + "\n")
+
+    # -- closing
+
+    def release(self) -> None:
+        """Closes the journal and lets others have the folder."""
+        for fd in (self._journal, self._lock):
+            if fd is not None:
+                os.close(fd)
+        self._journal = self._lock = None
+
+    def discard(self) -> None:
+        """Removes the folder with all that is in it."""
+        self.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    # -- inner steps
+
+    def _take_lock(self) -> None:
+        # Only a courtesy: two launches of one merge write equal bytes to equal places, and one rename publishes.
+        with io_errors(self.path):
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    return  # a file system without locks
+            if time.monotonic() > deadline:
+                raise InputError(
+                    "another merge into this output is running",
+                    where=str(self.path),
+                    hint="wait for it, or stop it first",
+                )
+            time.sleep(0.2)
+
+    def _agree(self, plan: Plan) -> None:
+        path = self.path / _MANIFEST
+        if not path.exists():
+            strangers = {entry.name for entry in self.path.iterdir()} - {".lock", "model", "done"}
+            if any(not name.startswith(f".{_MANIFEST}") for name in strangers):
+                raise InputError("is no work folder of distmerge", where=str(self.path), hint="move it away")
+            replace_file(path, encode({"version": 1, "plan": json.loads(encode(plan))}).encode())
+            return
+        earlier = _plan_of(path)
+        if earlier is not None and plan_hash(earlier) == plan_hash(plan):
+            return
+        changed = _changes(earlier.fingerprint if earlier else {}, plan.fingerprint)
+        raise InputError(
+            f"holds an unfinished merge of other inputs or options; changed: {changed or 'side files of the inputs'}",
+            where=str(self.path),
+            hint=f"finish that merge with its own command, or delete {self.path} to start over",
+        )
+
+    def _check_room(self, plan: Plan) -> None:
+        there = sum(path.stat().st_blocks * 512 for path in self.model.glob("*")) if self.model.exists() else 0
+        needed = room_needed(plan) - there
+        if (free := free_nbytes(self.output.parent)) < needed:
+            raise MachineError(
+                f"the output needs {needed:,} bytes more, {free:,} are free",
+                where=str(self.output.parent),
+                hint="free some room or choose another --output",
+            )
+
+    def _prepare(self, plan: Plan, number: int) -> None:
+        """The weight file with its header and its full length, its data as far as earlier runs wrote it."""
+        file = plan.files[number]
+        part = self.model / f"{file.name}.part"
+        with io_errors(part):
+            if not (self.model / file.name).exists() and not part.exists():
+                os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+            fd = self._open_either(file.name, os.O_RDWR)
+        try:
+            if os.fstat(fd).st_size != file.nbytes:
+                allocate(fd, file.nbytes, part)
+            write_exact(fd, memoryview(plan.header_of(number)), 0, part)
+        finally:
+            os.close(fd)
+
+    def _open_either(self, name: str, flags: int) -> int:
+        """Opens the unfinished file, or the finished one; another rank may be renaming the one to the other."""
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+        with io_errors(self.model / name):
+            try:
+                return os.open(self.model / f"{name}.part", flags)
+            except FileNotFoundError:
+                return os.open(self.model / name, flags)
+
+
+def room_needed(plan: Plan) -> int:
+    """Bytes that the output takes on disk."""
+    return plan.nbytes_to_write + sum(file.nbytes for file in plan.side_files) + (1 << 20)
+
+
+def _plan_of(path: Path) -> Plan | None:
+    try:
+        manifest = read_object(path)
+        plan: Plan = decode(Plan, manifest.get("plan"))
+    except (InputError, ValueError):
+        return None
+    return plan
+
+
+def _changes(before: dict[str, str], now: dict[str, str]) -> str:
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return "; ".join(f"{key} ({before.get(key, 'absent')} -> {now.get(key, 'absent')})" for key in keys)[:1000]

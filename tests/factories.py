@@ -1,0 +1,162 @@
+"""Tiny checkpoints and adapters: real files, made by the libraries that users' files come from, seeded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KEY = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def build_llama(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
+    """A random Llama; `changes` go to its configuration."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**LLAMA, "tie_word_embeddings": False, **changes})
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def save_base(folder: Path, dtype: torch.dtype = torch.bfloat16, *, shard: str = "50GB", **changes: Any) -> Path:
+    """A Llama checkpoint as transformers saves it; `shard="40KB"` gives several files."""
+    build_llama(dtype, **changes).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def save_packed_base(
+    folder: Path,
+    *,
+    quant_type: str = "nf4",
+    double: bool = True,
+    storage: torch.dtype = torch.uint8,
+    dtype: torch.dtype = torch.bfloat16,
+    shard: str = "50GB",
+    **changes: Any,
+) -> Path:
+    """A Llama checkpoint packed by bitsandbytes on the CPU and saved by transformers; `folder`-dense is its origin."""
+    import transformers
+
+    dense = folder.with_name(folder.name + "-dense")
+    save_base(dense, dtype, **changes)
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_quant_storage=storage,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        dense, quantization_config=quantization, dtype=dtype, device_map={"": "cpu"}
+    )
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def save_adapter(
+    folder: Path, *, r: int = 4, alpha: float = 6, seed: int = 1, scale: float = 0.1, model: Any = None, **fields: Any
+) -> Path:
+    """A LoRA that PEFT saved, on every linear of the Llama unless `fields` say otherwise; nothing in it is zero."""
+    from peft import LoraConfig, get_peft_model
+
+    fields = {"target_modules": list(LINEARS), **fields}
+    config = LoraConfig(r=r, lora_alpha=alpha, task_type="CAUSAL_LM", **fields)
+    peft_model = get_peft_model(build_llama(torch.float32) if model is None else model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def rewrite_adapter(folder: Path, change: Any) -> Path:
+    """Saves the adapter's tensors again after `change` (a function from dict to dict, or None after changing it)."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors = change(tensors) or tensors
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    return folder
+
+
+def edit_json(path: Path, **fields: Any) -> Path:
+    """Sets `fields` in the JSON object at `path`; None removes nothing, it is written as null."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return path
+
+
+def load_folder(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder, by the safetensors library, through the index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    )
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+
+
+def hub_snapshot(folder: Path, cache: Path) -> Path:
+    """The checkpoint in `folder` laid out as a Hugging Face cache: a snapshot of symlinks into blobs."""
+    blobs, snapshot = cache / "models--org--name" / "blobs", cache / "models--org--name" / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        shutil.copy(path, blobs / f"blob{number}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"blob{number}")
+    return snapshot
+
+
+def synthetic_base(folder: Path, *, layers: int, hidden: int = 2048, inner: int = 5632, dtype: str = "BF16") -> Path:
+    """A bf16 checkpoint of about `layers` x 92 MB (at the defaults) with Llama's names, one layer a file."""
+    folder.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    torch_dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+    for layer in range(layers):
+        file = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
+        generator = torch.Generator().manual_seed(layer)
+        tensors = {
+            f"model.layers.{layer}.{name}.weight": torch.randn(shape, generator=generator).mul_(0.02).to(torch_dtype)
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
+    return folder
+
+
+def synthetic_adapter(folder: Path, base: Path, *, r: int = 16) -> Path:
+    """A plain LoRA on every 2-D weight of a `synthetic_base`."""
+    from safetensors import safe_open
+
+    weight_map = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {}
+    for number, (name, file) in enumerate(sorted(weight_map.items())):
+        with safe_open(base / file, framework="pt") as opened:
+            rows, cols = opened.get_slice(name).get_shape()
+        generator = torch.Generator().manual_seed(1000 + number)
+        key = "base_model.model." + name.removesuffix(".weight")
+        tensors[f"{key}.lora_A.weight"] = torch.randn(r, cols, generator=generator).mul_(0.02)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(rows, r, generator=generator).mul_(0.02)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
