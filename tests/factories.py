@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,121 @@ def synthetic_adapter(folder: Path, base: Path, *, r: int = 16) -> Path:
     config = {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def merge(base: Path, adapters: Path | list[tuple[Path, float]], output: Path, **options: Any) -> Path:
+    """Merges in this process on the CPU and returns the output folder."""
+    import distmerge
+
+    weighted = [(adapters, 1.0)] if isinstance(adapters, Path) else adapters
+    choices = tuple(distmerge.AdapterChoice(folder=folder, weight=weight) for folder, weight in weighted)
+    fixed: dict[str, Any] = {"nproc": 1, "device": "cpu"}
+    distmerge.merge(distmerge.MergeConfig(base=base, adapters=choices, output=output, **fixed, **options))
+    return output
+
+
+def write_base(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    """A checkpoint of one file that holds `tensors`, saved by the safetensors library."""
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    return folder
+
+
+def write_adapter(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], *, alpha: float = 6, **fields: Any) -> Path:
+    """A LoRA of the pairs (lora_a, lora_b) by module, in PEFT's layout; `r` is that of the first pair."""
+    tensors = {}
+    for module, (lora_a, lora_b) in pairs.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = lora_b
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    r = next(iter(pairs.values()))[0].shape[0]
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": sorted(pairs), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+def packed_tensors(name: str, weight: Tensor, *, blocksize: int = 64, **options: Any) -> dict[str, Tensor]:
+    """`weight` packed by bitsandbytes on the CPU, as transformers lays it down: the codes and their companions.
+
+    `options` go to `quantize_4bit`: quant_type, compress_statistics, quant_storage.
+    """
+    import bitsandbytes.functional
+
+    data, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=blocksize, **options)
+    return {name: data, **{f"{name}.{tail}": value for tail, value in state.as_dict(packed=True).items()}}
+
+
+def repack_base(dense: Path, folder: Path, *, keep: tuple[str, ...] = ("lm_head",), **options: Any) -> Path:
+    """The checkpoint in `dense` with its linears packed; `keep` are modules that stay as they are. In one file."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_folder(dense).items():
+        module = name.removesuffix(".weight")
+        linear = tensor.dim() == 2 and "embed" not in name and not any(module.endswith(skip) for skip in keep)
+        tensors |= packed_tensors(name, tensor, **options) if linear else {name: tensor}
+    config = json.loads((dense / "config.json").read_text())
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": list(keep)}
+    return write_base(folder, tensors, **{**config, "quantization_config": quantization})
+
+
+def split_files(folder: Path, files: dict[str, str]) -> Path:
+    """Saves the checkpoint in `folder` again in several files: `files` gives the file of each tensor."""
+    tensors = load_folder(folder)
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    for file in sorted(set(files.values())):
+        inside = {name: tensors[name] for name in tensors if files[name] == file}
+        save_file(inside, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def headers(folder: Path) -> dict[str, list[str]]:
+    """The names of the tensors in each weight file of `folder`, read by the safetensors library."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as opened:
+            found[path.name] = sorted(opened.keys())
+    return found
+
+
+def wanted(name: str, shape: tuple[int, ...], dtype: str = "BF16", *, r: int = 0) -> Any:
+    """An output tensor without a place, of a plain base tensor; with `r`, one delta of that rank."""
+    from distmerge.adapter.resolve import Delta
+    from distmerge.checkpoint.formats import Stored
+    from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
+    from distmerge.layout import Wanted
+
+    def spec(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
+        nbytes = math.prod(shape) * ITEMSIZE[dtype]
+        return TensorSpec(name=name, dtype=dtype, shape=shape, file="model.safetensors", begin=0, nbytes=nbytes)
+
+    factors = {"a": spec(f"{name}.A", "F32", (r, shape[-1])), "b": spec(f"{name}.B", "F32", (shape[0], r))} if r else {}
+    deltas = (Delta(adapter=0, **factors, scaling=1.5),) if r else ()
+    source = Stored(data=spec(name, dtype, shape), packing=None)
+    return Wanted(kind="merge" if r else "copy", source=source, dtype=dtype, deltas=deltas)
+
+
+def plan_of(shards: dict[str, list[Any]]) -> Any:
+    """A plan of `wanted` tensors in named output files, without any file on disk."""
+    from distmerge.layout import cut_segments, place
+    from distmerge.plan import Plan, PlannedAdapter
+
+    files, tasks = place(shards)
+    count = sum(2 * len(task.deltas) for task in tasks)
+    adapter = PlannedAdapter(
+        name="lora", base_model="", weight=1.0, weights_sha256="0", config_sha256="0", num_tensors=count
+    )
+    return Plan(
+        fingerprint={"device": "cpu"},
+        adapters=(adapter,),
+        files=files,
+        tasks=tasks,
+        segments=cut_segments(tasks),
+        side_files=(),
+        config_json=None,
+        warnings=(),
+    )

@@ -85,3 +85,27 @@ def dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if not companion.fullmatch(name)
     }
+
+
+def assert_merged(
+    output: Path, base: dict[str, Tensor], adapters: Iterable[tuple[Path, float]], dtype: torch.dtype | None = None
+) -> None:
+    """`output` holds `base` (dense) plus the adapters: changed tensors rounded once, all others cast or untouched.
+
+    `dtype` is that of every float of the output; None: each tensor's own.
+    """
+    from tests.factories import load_folder
+
+    adapters = list(adapters)
+    found, exact = load_folder(output), merged(base, adapters)
+    changed = {name for folder, _ in adapters for name in deltas(folder)}
+    assert changed
+    assert found.keys() == base.keys()
+    for name, tensor in base.items():
+        expected = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        assert found[name].dtype == expected.dtype, name
+        if name in changed:
+            assert not torch.equal(found[name], expected), f"{name}: nothing was applied"
+            assert_rounded_once(found[name], *exact[name], terms=24, name=name)
+        else:
+            assert torch.equal(found[name], expected), name

@@ -1,0 +1,60 @@
+"""Documents that cannot drift: the command line's page, promises and their tests, links, recipes, versions."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distmerge import __version__
+from distmerge.cli import cli
+from distmerge.config import read_recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")])
+
+
+def test_the_command_line_page_is_what_help_says() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["page"]()
+    assert (ROOT / "docs" / "cli.md").read_text() == made, "run `make docs`"
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    sources = "".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
+    promises = (ROOT / "docs" / "guarantees.md").read_text().split("## Promised")[1].split("## Not promised")[0]
+    names = re.findall(r"`(test_\w+)`", promises)
+    assert len(names) >= 7
+    assert [name for name in names if f"def {name}(" not in sources] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_inside_the_project_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_hold_known_options_and_begin_with_their_command(recipe: Path) -> None:
+    known = {option.name for option in cli.commands["merge"].params if option.name}
+    assert {"base", "adapter", "output"} <= read_recipe(recipe, known).keys()
+    assert recipe.read_text().startswith(f"# distmerge merge --config configs/{recipe.name}\n")
+    assert isinstance(yaml.safe_load(recipe.read_text()), dict)
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first is not None
+    assert first[1] == __version__
+
+
+def test_launch_scripts_are_valid_shell_and_say_what_they_do() -> None:
+    for script in sorted((ROOT / "launch").glob("*.sh")):
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        lines = script.read_text().splitlines()
+        assert lines[1].startswith("# "), script
+        assert "set -euo pipefail" in lines
+        assert len(lines) <= 40
