@@ -14,7 +14,7 @@ from torch import Tensor
 from distmerge.checkpoint.base import INDEX, SINGLE
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec, read_header
 from distmerge.config import AdapterChoice, MergeConfig
-from distmerge.errors import InputError, VerifyError, listing
+from distmerge.errors import InputError, VerifyError, listing, printable
 from distmerge.layout import Task
 from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.rounding import Distance, distance
@@ -103,6 +103,8 @@ def _check_files(output: Path, files: dict[str, Any], tick: Callable[[str], None
     for name, expected in files.items():
         tick(name)
         path = output / name
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise VerifyError(f"names a file outside of the folder: {printable(name)!r}", where=str(output / RECEIPT))
         if not path.is_file():
             raise VerifyError("is missing", where=str(path))
         nbytes = path.stat().st_size

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distmerge.claim import claims
 from distmerge.config import MergeConfig
-from distmerge.errors import PeerFailed, VerifyError
+from distmerge.errors import Interrupted, PeerFailed, VerifyError
 from distmerge.plan import Plan, make_plan
 from distmerge.progress import Display, Snapshot, clock, gigabytes
 from distmerge.publish import check_output, is_published, publish
@@ -17,7 +17,7 @@ from distmerge.receipt import read_receipt
 from distmerge.share import Records, Share
 from distmerge.verify import check_headers, check_records
 from distmerge.work import WorkFolder
-from distmerge.world import World, default_nproc, launch, launched
+from distmerge.world import World, default_nproc, launch, launched, launched_here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def _run_rank(config: MergeConfig) -> None:
         with world.interruptible():
             merge(config, world, display)
     except BaseException as error:
-        if not world.fail(error):
+        if not world.fail(error) or (isinstance(error, Interrupted) and launched_here()):
             raise PeerFailed("another rank has failed", exit_code=getattr(error, "exit_code", 1)) from error
         exit_code = getattr(error, "exit_code", 1)
         WorkFolder(config.output).write_status({"state": "failed", "exit_code": exit_code, "error": str(error)})
@@ -93,7 +93,7 @@ def _run_rank(config: MergeConfig) -> None:
 
 
 def _plan(config: MergeConfig, work: WorkFolder, device: str, display: Display) -> str | None:
-    """The hash of the plan that is ready in the work folder, or None if its result is published already."""
+    """The digest of the plan that is ready in the work folder, or None if its result is published already."""
     check_output(config)
     plan = make_plan(config, device)
     for warning in plan.warnings:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from distmerge import __version__
@@ -32,7 +33,7 @@ class PlannedAdapter:
     num_tensors: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Every task of a run and where its bytes go. Names no absolute path, rank or time: equal inputs and options give
     an equal plan anywhere."""
@@ -45,6 +46,12 @@ class Plan:
     side_files: tuple[SideFile, ...]
     config_json: str | None
     warnings: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the plan as canonical JSON, without its warnings."""
+        content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "warnings"}
+        return hashlib.sha256(encode(content).encode()).hexdigest()
 
     def tasks_of(self, file: int) -> list[Task]:
         return [task for task in self.tasks if task.file == file]
@@ -113,12 +120,6 @@ def make_plan(config: MergeConfig, device: str) -> Plan:
     )
     count_lanes(plan, config.memory_budget, wanted=1)
     return plan
-
-
-def plan_hash(plan: Plan) -> str:
-    """The SHA-256 of the plan as canonical JSON, without its warnings."""
-    content = {key: value for key, value in asdict(plan).items() if key != "warnings"}
-    return hashlib.sha256(encode(content).encode()).hexdigest()
 
 
 def count_lanes(plan: Plan, memory_budget: int, *, wanted: int) -> int:

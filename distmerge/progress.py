@@ -14,6 +14,7 @@ from distmerge.errors import DistmergeError
 
 _REFRESH_SECONDS = 0.5
 _LINE_SECONDS = 10.0
+_BAR_WIDTH = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +118,6 @@ class Display:
     def _live(self) -> Iterator[Callable[[Snapshot], None]]:
         from rich.console import Console, Group  # not needed without a terminal
         from rich.live import Live
-        from rich.progress_bar import ProgressBar
         from rich.text import Text
 
         console = Console(file=self._stream)
@@ -128,7 +128,8 @@ class Display:
                     Text(f"  rank {rank}  {gigabytes(nbytes):>9}  {doing}", style="dim", overflow="ellipsis")
                     for rank, (nbytes, doing) in enumerate(snapshot.ranks[: max(1, console.height - 4)])
                 ]
-                bar = ProgressBar(total=max(1, snapshot.nbytes_total), completed=snapshot.nbytes, width=60)
+                filled = _BAR_WIDTH * snapshot.nbytes // max(1, snapshot.nbytes_total)
+                bar = Text("━" * filled, style="cyan") + Text("━" * (_BAR_WIDTH - filled), style="dim")
                 live.update(Group(Text(snapshot.line()), bar, *rows))
 
             yield update

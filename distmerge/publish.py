@@ -14,7 +14,7 @@ from distmerge.checkpoint.base import INDEX, SINGLE
 from distmerge.checkpoint.sidefiles import read_side_file
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, MachineError, VerifyError, listing
-from distmerge.plan import Plan, plan_hash
+from distmerge.plan import Plan
 from distmerge.receipt import RECEIPT, build_ledger, build_receipt, read_receipt, receipt_bytes
 from distmerge.report.card import model_card
 from distmerge.storage.files import fsync_dir, io_errors, replace_file
@@ -50,7 +50,7 @@ def is_published(config: MergeConfig, plan: Plan) -> bool:
         return False
     sizes = {name: (config.output / name) for name in receipt["files"]}
     whole = all(path.is_file() and path.stat().st_size == receipt["files"][n].get("bytes") for n, path in sizes.items())
-    if receipt["plan"] == plan_hash(plan) and whole:
+    if receipt["plan"] == plan.digest and whole:
         return True
     raise InputError(
         "holds the result of another merge" if whole else "holds a damaged result",

@@ -13,7 +13,7 @@ from typing import Any
 from distmerge import __version__
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError
-from distmerge.plan import Plan, plan_hash
+from distmerge.plan import Plan
 from distmerge.storage.records import encode
 from distmerge.storage.strict_json import read_object
 from distmerge.stream import PieceRecord, SegmentRecord
@@ -51,7 +51,7 @@ def build_receipt(
 
     return {
         "version": VERSION,
-        "plan": plan_hash(plan),
+        "plan": plan.digest,
         "base": {"name": config.base.resolve().name, "fingerprint": _base_fingerprint(plan)},
         "adapters": [
             {

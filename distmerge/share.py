@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -11,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from distmerge import __version__
 from distmerge.config import MergeConfig
-from distmerge.plan import Plan, count_lanes, plan_hash
+from distmerge.errors import Interrupted, MachineError
+from distmerge.plan import Plan, count_lanes
 from distmerge.storage.records import decode, encode
 from distmerge.stream import SegmentRecord, Stream
 from distmerge.work import ShardRecord, WorkFolder
@@ -43,10 +47,10 @@ class Share:
     """Does segments of `plan` on `device` and keeps their records; a context manager that ends its threads."""
 
     def __init__(self, plan: Plan, config: MergeConfig, work: WorkFolder, world: World, device: torch.device) -> None:
+        _check_alike(plan, device)
         torch.set_num_threads(1)  # the lanes are the threads
         torch.set_float32_matmul_precision("highest")
         self._plan, self._work, self._world = plan, work, world
-        self._plan_hash = plan_hash(plan)
         self._earlier = work.done(plan)
         self._per_file = Counter(segment.file for segment in plan.segments)
         self._stream = Stream(
@@ -58,6 +62,7 @@ class Share:
             num_lanes=count_lanes(plan, config.memory_budget, wanted=wanted_lanes(world.place.local_size)),
         )
         self._segments: list[SegmentRecord] = []
+        self._leaving = threading.Event()
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._finishing: list[Future[ShardRecord]] = []
         self._num_kept = 0
@@ -68,6 +73,7 @@ class Share:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._leaving.set()
         self._finisher.shutdown(wait=True, cancel_futures=True)
         self._stream.close()
 
@@ -80,7 +86,7 @@ class Share:
             self._num_kept += 1
         else:
             record = self._stream.run(number, self.tick)
-            self._work.note(self._plan_hash, segment=record)
+            self._work.note(self._plan, segment=record)
             self._world.count(f"written/{file}")
         self._segments.append(record)
         if self._world.count(f"ended/{file}") == self._per_file[file]:
@@ -114,10 +120,26 @@ class Share:
         earlier = self._earlier.shards.get(file)
         if earlier is not None and self._world.counted(f"written/{file}") == 0:
             return earlier
-        record = self._work.finish(self._plan, file)
-        self._work.note(self._plan_hash, shard=record)
+        record = self._work.finish(self._plan, file, self._abandon)
+        self._work.note(self._plan, shard=record)
         self._work.event("shard_done", file=self._plan.files[file].name, nbytes=record.nbytes, sha256=record.sha256)
         return record
+
+    def _abandon(self, _: memoryview) -> None:
+        if self._leaving.is_set():
+            raise Interrupted("the rank is ending")
+
+
+def _check_alike(plan: Plan, device: torch.device) -> None:
+    """Raises MachineError if this rank would compute other bits than the one that planned."""
+    mine = {"distmerge": __version__, "torch": torch.__version__, "device": device.type}
+    for what, value in mine.items():
+        if plan.fingerprint[what] != value:
+            raise MachineError(
+                f"{what} is {value}, on rank 0 it is {plan.fingerprint[what]}",
+                where=socket.gethostname(),
+                hint="all ranks need the same versions and the same type of device",
+            )
 
 
 def wanted_lanes(local_size: int) -> int:

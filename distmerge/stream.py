@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distmerge.checkpoint.header import ITEMSIZE
-from distmerge.errors import VerifyError
+from distmerge.errors import MachineError, VerifyError
 from distmerge.layout import BLOCK_NUMEL, Piece, Segment, Task
 from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.lora import Factors, add_deltas, delta_norm
@@ -130,7 +130,8 @@ class Stream:
         self._outputs: dict[int, int] = {}
         self._lock = threading.Lock()
         self._reader = Reader(plan, base, adapters, device)
-        self._lanes = [Lane(plan, device, self._reader.buffers()) for _ in range(num_lanes)]
+        with memory_errors():
+            self._lanes = [Lane(plan, device, self._reader.buffers()) for _ in range(num_lanes)]
         self._pool = ThreadPoolExecutor(num_lanes, thread_name_prefix="lane")
         self.nbytes_done = 0
 
@@ -176,11 +177,12 @@ class Stream:
 
         def run(lane: Lane) -> None:
             try:
-                for block in feed:
-                    crc, squared = work(lane, block)
-                    results.append((block, crc, squared))
-                    with self._lock:
-                        self.nbytes_done += (block.last - block.first) * ITEMSIZE[block.task.dtype]
+                with memory_errors():
+                    for block in feed:
+                        crc, squared = work(lane, block)
+                        results.append((block, crc, squared))
+                        with self._lock:
+                            self.nbytes_done += (block.last - block.first) * ITEMSIZE[block.task.dtype]
             except BaseException:
                 feed.stop()
                 raise
@@ -284,6 +286,20 @@ def _not_finite(task: Task, base: Tensor) -> VerifyError:
         where=task.name,
         hint="--dtype bfloat16 or float32 has the range",
     )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns running out of memory, of the host or of an accelerator, into a MachineError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has an own class for accelerators and none for the host
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not known:
+            raise
+        raise MachineError(
+            "out of memory", where=f"pid {os.getpid()}", hint="a smaller --memory-budget, or fewer ranks"
+        ) from error
 
 
 def _combine(crcs: list[int]) -> int:

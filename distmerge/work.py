@@ -17,12 +17,13 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distmerge.errors import InputError, MachineError, VerifyError
-from distmerge.plan import Plan, plan_hash
+from distmerge.plan import Plan
 from distmerge.storage.files import (
     allocate,
     free_nbytes,
@@ -72,7 +73,7 @@ class WorkFolder:
     # -- opening
 
     def open(self, plan: Plan) -> str:
-        """Makes the folder ready for `plan`, or finds it ready, and returns the plan's hash.
+        """Makes the folder ready for `plan`, or finds it ready, and returns the plan's digest.
 
         Holds the folder until `release`. Raises InputError if it belongs to another merge, MachineError if there is
         no room; a folder that was not there before is then gone again.
@@ -96,16 +97,16 @@ class WorkFolder:
             if fresh:
                 self.discard()
             raise
-        return plan_hash(plan)
+        return plan.digest
 
-    def load(self, expected_hash: str) -> Plan:
+    def load(self, digest: str) -> Plan:
         """The plan in the manifest, as another rank wrote it. Raises VerifyError if it is not the expected one."""
         path = self.path / _MANIFEST
         deadline = time.monotonic() + _STALE_SECONDS  # a network file system may show the file late
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.5)
         plan = _plan_of(path)
-        if plan is None or plan_hash(plan) != expected_hash:
+        if plan is None or plan.digest != digest:
             raise VerifyError(
                 "the manifest is not the one that rank 0 has written",
                 where=str(path),
@@ -116,12 +117,11 @@ class WorkFolder:
     def done(self, plan: Plan) -> Done:
         """What the journals say is finished under this very plan; torn and foreign lines count for nothing."""
         found = Done(segments={}, shards={})
-        expected = plan_hash(plan)
         for journal in sorted(self._done.glob("*.jsonl")):
             for line in journal.read_bytes().split(b"\n"):
                 with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     entry = json.loads(line)
-                    if entry["plan"] != expected:
+                    if entry["plan"] != plan.digest:
                         continue
                     if "segment" in entry:
                         segment: SegmentRecord = decode(SegmentRecord, entry["segment"])
@@ -137,11 +137,14 @@ class WorkFolder:
         """A descriptor for reading and writing weight file `number`, finished or not."""
         return self._open_either(plan.files[number].name, os.O_RDWR)
 
-    def finish(self, plan: Plan, number: int) -> ShardRecord:
-        """Makes weight file `number`, all of whose segments are written, durable under its final name."""
+    def finish(self, plan: Plan, number: int, each: Callable[[memoryview], None]) -> ShardRecord:
+        """Makes weight file `number`, all of whose segments are written, durable under its final name.
+
+        `each` sees every piece that is read back for the digest, and may raise to abandon the file as it is.
+        """
         file = plan.files[number]
         part, final = self.model / f"{file.name}.part", self.model / file.name
-        digest = sha256_of(part if part.exists() else final)
+        digest = sha256_of(part if part.exists() else final, each)
         with io_errors(final):
             fd = self._open_either(file.name, os.O_RDWR)
             try:
@@ -159,13 +162,13 @@ class WorkFolder:
         fsync_dir(self.model)
         return ShardRecord(file=number, nbytes=nbytes, sha256=digest)
 
-    def note(self, plan_digest: str, **record: SegmentRecord | ShardRecord) -> None:
+    def note(self, plan: Plan, **record: SegmentRecord | ShardRecord) -> None:
         """Appends a line to this process's journal: `segment=` or `shard=`. A shard's line is made durable."""
         if self._journal is None:
             with io_errors(self._done):
                 name = self._done / f"{os.getpid()}-{secrets.token_hex(4)}.jsonl"
                 self._journal = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        line = json.dumps({"plan": plan_digest, **{key: json.loads(encode(value)) for key, value in record.items()}})
+        line = encode({"plan": plan.digest, **record})
         with io_errors(self._done):
             os.write(self._journal, f"{line}\n".encode())
             if "shard" in record:
@@ -227,10 +230,10 @@ class WorkFolder:
             strangers = {entry.name for entry in self.path.iterdir()} - {".lock", "model", "done"}
             if any(not name.startswith(f".{_MANIFEST}") for name in strangers):
                 raise InputError("is no work folder of distmerge", where=str(self.path), hint="move it away")
-            replace_file(path, encode({"version": 1, "plan": json.loads(encode(plan))}).encode())
+            replace_file(path, encode({"version": 1, "plan": plan}).encode())
             return
         earlier = _plan_of(path)
-        if earlier is not None and plan_hash(earlier) == plan_hash(plan):
+        if earlier is not None and earlier.digest == plan.digest:
             return
         changed = _changes(earlier.fingerprint if earlier else {}, plan.fingerprint)
         raise InputError(

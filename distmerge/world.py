@@ -38,6 +38,7 @@ _GOODBYE_SECONDS = 30.0
 _PARTING_SECONDS = 2.0  # after a failure: enough for the others to notice it and end without words
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+_RUN_PREFIX = "distmerge-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,11 @@ class Place:
 def launched() -> bool:
     """True in a process that torchrun, or another launcher with its variables, has started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launched_here() -> bool:
+    """True in a rank that `launch` has started, which speaks for it about signals."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN_PREFIX)
 
 
 class World:
@@ -186,6 +192,7 @@ class World:
         kind = device_type(wanted)
         if kind == "cpu":
             return torch.device("cpu")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # equal bits on every stream
         index = self.place.local_rank % torch.accelerator.device_count()
         torch.accelerator.set_device_index(index)
         return torch.device(kind, index)
@@ -316,7 +323,7 @@ def launch(nproc: int, argv: list[str]) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
+        run_id=f"{_RUN_PREFIX}{uuid.uuid4().hex}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
@@ -334,6 +341,8 @@ def launch(nproc: int, argv: list[str]) -> int:
                 where=f"rank {rank} on {socket.gethostname()} (pid {failure.pid})",
                 hint="out of memory? the same command resumes" if name == "SIGKILL" else "the same command resumes",
             ) from None
+        if failure.exitcode == Interrupted.exit_code:
+            raise Interrupted(f"rank {rank} was stopped", hint="the same command resumes where it stopped") from None
         return int(failure.exitcode)
     except SignalException as error:
         raise Interrupted(f"stopped by {error.sigval.name}", hint="the same command resumes where it stopped") from None

@@ -124,24 +124,34 @@ def _recognise_strangers(prefix: bytes, path: Path) -> None:
 
 
 def _parse_tensor(name: str, entry: Any, start: int, *, where: str, file: str) -> TensorSpec:
-    place = f"{where}: tensor {printable(name)!r}"
-    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
-        raise InputError("the name is empty, too long or holds control characters", where=place)
+    fault = "" if _is_name(name) else "the name is empty, too long or holds control characters"
+    if fault := fault or _fault(entry):
+        raise InputError(fault, where=f"{where}: tensor {printable(name)!r}")
+    begin, end = entry["data_offsets"]
+    return TensorSpec(
+        name=name, dtype=entry["dtype"], shape=tuple(entry["shape"]), file=file, begin=start + begin, nbytes=end - begin
+    )
+
+
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()
+
+
+def _fault(entry: Any) -> str:
+    """What is wrong with a header's entry; empty if nothing is."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise InputError("needs dtype, shape and data_offsets", where=place)
+        return "needs dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise InputError(f"dtype {dtype!r} is not known", where=place)
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_count(dim) for dim in shape):
-        raise InputError(f"shape {str(shape)[:80]} is not a list of at most {MAX_DIMS} sizes", where=place)
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise InputError(f"data_offsets {str(offsets)[:80]} are not two sizes", where=place)
+        return f"dtype {printable(str(dtype), 80)!r} is not known"
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_count, shape)):
+        return f"shape {str(shape)[:80]} is not a list of at most {MAX_DIMS} sizes"
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        return f"data_offsets {str(offsets)[:80]} are not two sizes"
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if offsets[1] - offsets[0] != nbytes:
-        raise InputError(
-            f"shape {shape} of {dtype} needs {nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}", where=place
-        )
-    return TensorSpec(name=name, dtype=dtype, shape=tuple(shape), file=file, begin=start + offsets[0], nbytes=nbytes)
+        return f"shape {shape} of {dtype} needs {nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}"
+    return ""
 
 
 def _is_count(value: object) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distmerge.config import MergeConfig
-from distmerge.plan import Plan, count_lanes, plan_hash
+from distmerge.plan import Plan, count_lanes
 from distmerge.progress import gigabytes
 from distmerge.storage.files import free_nbytes
 
@@ -24,7 +24,7 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
     buffers = lanes * plan.lane_nbytes + (lanes + 1) * plan.factors_nbytes
     device = plan.fingerprint["device"]
     return {
-        "plan": plan_hash(plan),
+        "plan": plan.digest,
         "base": str(config.base),
         "output": str(config.output),
         "device": device,

@@ -6,42 +6,72 @@ import functools
 import json
 import types
 import typing
-from dataclasses import asdict, fields, is_dataclass
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 
 def encode(value: Any) -> str:
     """`value` (dataclasses, tuples, dicts, numbers, strings) as canonical JSON on one line."""
-    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    return json.dumps(value, default=_as_dict, sort_keys=True, separators=(",", ":"))
 
 
 def decode(kind: Any, value: Any) -> Any:
     """`value`, parsed from JSON, as an instance of the type `kind`; raises ValueError where it does not fit."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict) or value.keys() != {field.name for field in fields(kind)}:
-            raise ValueError(f"not a {kind.__name__}: {str(value)[:80]}")
-        return kind(**{name: decode(hint, value[name]) for name, hint in _hints(kind).items()})
+    return _decoder(kind)(value)
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in _names(type(value))}
+
+
+@functools.cache
+def _names(cls: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
+@functools.cache
+def _decoder(kind: Any) -> Callable[[Any], Any]:
+    """What turns parsed JSON into `kind`; made once for each type, since plans hold a million values."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _record_decoder(kind)
     if origin is tuple:
-        inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-        return tuple(decode(hint, item) for hint, item in zip(inner, value, strict=True))
+        return _tuple_decoder([_decoder(arg) for arg in args if arg is not Ellipsis], open_ended=args[-1] is Ellipsis)
     if origin is dict:
-        return {key: decode(args[1], item) for key, item in value.items()}
+        inner = _decoder(args[1])
+        return lambda value: {key: inner(item) for key, item in _expect(dict, value).items()}
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else decode(next(arg for arg in args if arg is not type(None)), value)
-    if kind is float and isinstance(value, int):
-        return float(value)
-    if origin is typing.Literal:
-        if value not in args:
-            raise ValueError(f"{value!r} is none of {args}")
-    elif isinstance(kind, type) and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+        inner = _decoder(next(arg for arg in args if arg is not types.NoneType))
+        return lambda value: None if value is None else inner(value)
+    if kind is float:
+        return lambda value: float(value) if type(value) is int else _expect(float, value)
+    return lambda value: _expect(kind, value)
+
+
+def _expect(kind: Any, value: Any) -> Any:
+    if type(value) is not kind:  # so that true is no integer
         raise ValueError(f"expected {kind.__name__}, got {str(value)[:80]}")
     return value
+
+
+def _record_decoder(kind: Any) -> Callable[[Any], Any]:
+    hints = typing.get_type_hints(kind)
+    inner = {name: _decoder(hints[name]) for name in _names(kind)}
+
+    def build(value: Any) -> Any:
+        if not isinstance(value, dict) or value.keys() != inner.keys():
+            raise ValueError(f"not a {kind.__name__}: {str(value)[:80]}")
+        return kind(**{name: inner[name](item) for name, item in value.items()})
+
+    return build
+
+
+def _tuple_decoder(inner: list[Callable[[Any], Any]], *, open_ended: bool) -> Callable[[Any], Any]:
+    def build(value: Any) -> Any:
+        items = _expect(list, value)
+        if open_ended:
+            return tuple(map(inner[0], items))
+        return tuple(decode_one(item) for decode_one, item in zip(inner, items, strict=True))
+
+    return build
