@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from distmerge.checkpoint.base import INDEX
-from distmerge.checkpoint.header import build_header
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.errors import InputError
 from distmerge.numerics.nf4 import NF4, pack
-from distmerge.reader import view_of
 from distmerge.receipt import RECEIPT
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def make_base(folder: Path) -> None:
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-00003.safetensors"
-        _save({name: tensors[name] for name in shard}, folder / file)
+        save_file({name: tensors[name] for name in shard}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -99,7 +98,7 @@ def make_adapter(folder: Path) -> None:
             tensors[f"{key}.lora_A.weight"] = torch.randn(_R, cols, generator=generator) / cols**0.5
             tensors[f"{key}.lora_B.weight"] = torch.randn(rows, _R, generator=generator) * 0.001
     folder.mkdir(parents=True)
-    _save(tensors, folder / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -134,17 +133,6 @@ def _packed(name: str, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file; the library's own writer would need numpy."""
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header = build_header([(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered])
-    with path.open("wb") as file:
-        file.write(header)
-        for _, tensor in ordered:
-            file.write(view_of(tensor.contiguous().view(-1).view(torch.uint8)))
-
-
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

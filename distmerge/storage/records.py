@@ -22,7 +22,8 @@ def decode(kind: Any, value: Any) -> Any:
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in _names(type(value))}
+    cls: Any = type(value)
+    return {name: getattr(value, name) for name in _names(cls)}
 
 
 @functools.cache
