@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from distmerge.adapter.resolve import Delta
 from distmerge.checkpoint.formats import Stored
@@ -17,6 +18,9 @@ _SEGMENT_NBYTES = (16 << 20, 128 << 20)
 _SEGMENTS_WANTED = 256
 
 
+Kind = Literal["copy", "convert", "merge"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One output tensor: `kind` is `copy` (its bytes), `convert` (dequantized or cast) or `merge` (deltas added).
@@ -24,7 +28,7 @@ class Task:
     Its bytes begin at byte `begin` of output file number `file`.
     """
 
-    kind: str
+    kind: Kind
     source: Stored
     dtype: str
     deltas: tuple[Delta, ...]
@@ -99,7 +103,7 @@ class Segment:
 class Wanted:
     """An output tensor before it has a place."""
 
-    kind: str
+    kind: Kind
     source: Stored
     dtype: str
     deltas: tuple[Delta, ...]

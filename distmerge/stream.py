@@ -67,6 +67,25 @@ class _Block:
     factors: tuple[Factors, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """What became of a block: the CRC-32 of its bytes, the deltas that were added, and the sum of (out - base)^2."""
+
+    crc32: int
+    num_deltas: int = 0
+    applied_squared: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Done:
+    """A block that is through. It does not hold the block itself, whose factors must be free to go."""
+
+    number: int
+    piece: int
+    numel: int
+    outcome: _Outcome
+
+
 class Lane:
     """The buffers that one block passes through, and on an accelerator the stream that its work is queued on."""
 
@@ -154,35 +173,34 @@ class Stream:
         done = self._each(blocks, self._merge_block, tick)
         return SegmentRecord(
             segment=number,
-            crc32=_combine([crc for _, crc, _ in done]),
-            pieces=tuple(
-                self._piece_record(i, piece, norms.get(i, ()), done) for i, piece in enumerate(segment.pieces)
-            ),
+            crc32=_combine(done),
+            pieces=tuple(_piece_record(i, piece, norms.get(i, ()), done) for i, piece in enumerate(segment.pieces)),
         )
 
     def check(self, record: SegmentRecord, tick: Callable[[], None]) -> bool:
         """True if the bytes on disk are those that `record` was made from."""
         blocks = self._blocks(self._plan.segments[record.segment], None)
         done = self._each(blocks, self._check_block, tick)
-        return _combine([crc for _, crc, _ in done]) == record.crc32
+        return _combine(done) == record.crc32
 
     def _each(
         self,
         blocks: Iterator[_Block],
-        work: Callable[[Lane, _Block], tuple[int, float]],
+        work: Callable[[Lane, _Block], _Outcome],
         tick: Callable[[], None],
-    ) -> list[tuple[_Block, int, float]]:
-        """`work` on every block, spread over the lanes; the results in the order of the blocks."""
-        feed, results = _Feed(blocks), list[tuple[_Block, int, float]]()
+    ) -> list[_Done]:
+        """`work` on every block, spread over the lanes; what was done, in the order of the blocks."""
+        feed = _Feed(blocks)
+        results: list[_Done] = []
 
         def run(lane: Lane) -> None:
             try:
                 with memory_errors():
                     for block in feed:
-                        crc, squared = work(lane, block)
-                        results.append((block, crc, squared))
+                        outcome, numel = work(lane, block), block.last - block.first
+                        results.append(_Done(number=block.number, piece=block.piece, numel=numel, outcome=outcome))
                         with self._lock:
-                            self.nbytes_done += (block.last - block.first) * ITEMSIZE[block.task.dtype]
+                            self.nbytes_done += numel * ITEMSIZE[block.task.dtype]
             except BaseException:
                 feed.stop()
                 raise
@@ -198,7 +216,7 @@ class Stream:
             wait(futures)
         for future in futures:
             future.result()
-        return sorted(results, key=lambda result: result[0].number)
+        return sorted(results, key=lambda done: done.number)
 
     def _blocks(self, segment: Segment, norms: dict[int, tuple[float, ...]] | None) -> Iterator[_Block]:
         """The blocks of `segment` in order; where `norms` is given, with factors, whose norms it collects by piece."""
@@ -213,38 +231,25 @@ class Stream:
                 yield _Block(number=number, piece=i, task=task, first=first, last=last, factors=factors)
                 number += 1
 
-    def _piece_record(
-        self, i: int, piece: Piece, norms: tuple[float, ...], done: list[tuple[_Block, int, float]]
-    ) -> PieceRecord:
-        mine = [(block, squared) for block, _, squared in done if block.piece == i]
-        deltas = {len(block.factors) for block, _ in mine}
-        return PieceRecord(
-            task=piece.task,
-            numel=sum(block.last - block.first for block, _ in mine),
-            num_deltas=min(deltas, default=0),
-            applied_squared=math.fsum(squared for _, squared in mine),
-            delta_norms=norms,
-        )
-
-    def _merge_block(self, lane: Lane, block: _Block) -> tuple[int, float]:
-        task, numel = block.task, block.last - block.first
+    def _merge_block(self, lane: Lane, block: _Block) -> _Outcome:
+        task, numel, num_deltas, squared = block.task, block.last - block.first, 0, 0.0
         if task.kind == "copy":
-            data, squared = lane.buffers.view[: numel * ITEMSIZE[task.dtype]], 0.0
+            data = lane.buffers.view[: numel * ITEMSIZE[task.dtype]]
             self._reader.read(task.source.data, block.first * ITEMSIZE[task.dtype], data)
         else:
             with lane.work_order():
                 base = self._reader.read_dense(lane.buffers, task.source, block.first, block.last)
                 out = lane.out[: numel * ITEMSIZE[task.dtype]].view(torch_dtype(task.dtype))
-                squared = _apply(lane, block, base, out)
+                num_deltas, squared = _apply(lane, block, base, out)
                 data = lane.download(numel * ITEMSIZE[task.dtype])
         write_exact(self._fd_out(task.file), data, self._offset(block), self._plan.files[task.file].name)
-        return zlib.crc32(data), squared
+        return _Outcome(crc32=zlib.crc32(data), num_deltas=num_deltas, applied_squared=squared)
 
-    def _check_block(self, lane: Lane, block: _Block) -> tuple[int, float]:
+    def _check_block(self, lane: Lane, block: _Block) -> _Outcome:
         task = block.task
         data = lane.view[: (block.last - block.first) * ITEMSIZE[task.dtype]]
         read_exact(self._fd_out(task.file), data, self._offset(block), self._plan.files[task.file].name)
-        return zlib.crc32(data), 0.0
+        return _Outcome(crc32=zlib.crc32(data))
 
     def _offset(self, block: _Block) -> int:
         return block.task.begin + block.first * ITEMSIZE[block.task.dtype]
@@ -256,26 +261,26 @@ class Stream:
             return self._outputs[file]
 
 
-def _apply(lane: Lane, block: _Block, base: Tensor, out: Tensor) -> float:
-    """Writes `base` plus its deltas to `out`, rounded once; returns the sum of (out - base)^2."""
+def _apply(lane: Lane, block: _Block, base: Tensor, out: Tensor) -> tuple[int, float]:
+    """Writes `base` plus its deltas to `out`, rounded once; returns how many deltas, and the sum of (out - base)^2."""
     if not block.factors:
         out.copy_(base)
         if not torch.isfinite(out).all() and torch.isfinite(base).all():
             raise _not_finite(block.task, base)
-        return 0.0
+        return 0, 0.0
     numel, row = block.last - block.first, block.task.row_numel
     work = lane.buffers.work[:numel]
     work.copy_(base)
     top, left = divmod(block.first, row)
     height, width = max(1, numel // row), min(numel, row)
     cols = slice(left, left + width)
-    add_deltas(work.view(height, width), block.factors, rows=slice(top, top + height), cols=cols)
+    num_deltas = add_deltas(work.view(height, width), block.factors, rows=slice(top, top + height), cols=cols)
     out.copy_(work)
     work.copy_(out).sub_(base)
     squared = float(torch.dot(work, work))
     if not math.isfinite(squared) and not torch.isfinite(out).all():
         raise _not_finite(block.task, base)
-    return squared
+    return num_deltas, squared
 
 
 def _not_finite(task: Task, base: Tensor) -> VerifyError:
@@ -302,5 +307,16 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
-def _combine(crcs: list[int]) -> int:
-    return zlib.crc32(b"".join(crc.to_bytes(4, "little") for crc in crcs))
+def _piece_record(i: int, piece: Piece, norms: tuple[float, ...], done: list[_Done]) -> PieceRecord:
+    mine = [block for block in done if block.piece == i]
+    return PieceRecord(
+        task=piece.task,
+        numel=sum(block.numel for block in mine),
+        num_deltas=min((block.outcome.num_deltas for block in mine), default=0),
+        applied_squared=math.fsum(block.outcome.applied_squared for block in mine),
+        delta_norms=norms,
+    )
+
+
+def _combine(done: list[_Done]) -> int:
+    return zlib.crc32(b"".join(block.outcome.crc32.to_bytes(4, "little") for block in done))

@@ -17,13 +17,16 @@ class Factors:
     scaling: float
 
 
-def add_deltas(weight: Tensor, factors: tuple[Factors, ...], *, rows: slice, cols: slice) -> None:
-    """Adds to `weight`, float32 (rows, cols), that part of every delta, one after another, in place.
+def add_deltas(weight: Tensor, factors: tuple[Factors, ...], *, rows: slice, cols: slice) -> int:
+    """Adds to `weight`, float32 (rows, cols), that part of every delta, one after another, in place; returns how many.
 
     The inner dimension is never split, so an element is the same dot product however the rest is cut.
     """
+    added = 0
     for factor in factors:
         weight.addmm_(factor.b[rows], factor.a[:, cols], alpha=factor.scaling)
+        added += 1
+    return added
 
 
 def delta_norm(factor: Factors) -> float:

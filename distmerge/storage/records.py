@@ -45,6 +45,8 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
     if origin in (types.UnionType, typing.Union):
         inner = _decoder(next(arg for arg in args if arg is not types.NoneType))
         return lambda value: None if value is None else inner(value)
+    if origin is typing.Literal:
+        return lambda value: _expect_one_of(args, value)
     if kind is float:
         return lambda value: float(value) if type(value) is int else _expect(float, value)
     return lambda value: _expect(kind, value)
@@ -53,6 +55,12 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
 def _expect(kind: Any, value: Any) -> Any:
     if type(value) is not kind:  # so that true is no integer
         raise ValueError(f"expected {kind.__name__}, got {str(value)[:80]}")
+    return value
+
+
+def _expect_one_of(choices: tuple[Any, ...], value: Any) -> Any:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{str(value)[:80]!r} is none of {choices}")
     return value
 
 
