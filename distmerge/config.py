@@ -123,5 +123,7 @@ def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
             near = get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean {near[0].replace('_', '-')!r}?" if near else ""
             raise UsageError(f"unknown key {printable(str(key))!r}", where=str(path), hint=hint)
+        if name in recipe:
+            raise UsageError(f"key {printable(str(key))!r} stands twice, in two spellings", where=str(path))
         recipe[name] = value
     return recipe

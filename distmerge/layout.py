@@ -71,6 +71,10 @@ class Task:
         step = BLOCK_NUMEL // self.row_numel * self.row_numel
         return number * step, min((number + 1) * step, self.source.numel)
 
+    def numel_of(self, first: int, last: int) -> int:
+        """How many elements the blocks [first, last) hold."""
+        return self.block(last - 1)[1] - self.block(first)[0] if last > first else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFile:
@@ -177,9 +181,8 @@ def cut_segments(tasks: tuple[Task, ...]) -> tuple[Segment, ...]:
         while first < count:
             per_block = max(1, task.nbytes // count)
             take = min(count - first, max(1, (wanted - nbytes) // per_block))
-            begin, end = task.block(first)[0], task.block(first + take - 1)[1]
             pieces.append(Piece(task=number, first=first, last=first + take))
-            nbytes += (end - begin) * ITEMSIZE[task.dtype]
+            nbytes += task.numel_of(first, first + take) * ITEMSIZE[task.dtype]
             first += take
             if nbytes >= wanted * 15 // 16:
                 close(task.file)

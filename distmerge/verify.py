@@ -22,20 +22,22 @@ def check_records(plan: Plan, segments: Sequence[SegmentRecord], shards: Sequenc
     """
     _exactly_once("segments", Counter(record.segment for record in segments), len(plan.segments))
     _exactly_once("weight files", Counter(shard.file for shard in shards), len(plan.files))
-    written: Counter[int] = Counter()
-    added: Counter[int] = Counter()
+    for shard in shards:
+        if shard.nbytes != (planned_nbytes := plan.files[shard.file].nbytes):
+            raise VerifyError(
+                f"has {shard.nbytes} bytes, planned were {planned_nbytes}", where=plan.files[shard.file].name
+            )
+    wrong = []
     for record in segments:
-        planned = [piece.task for piece in plan.segments[record.segment].pieces]
-        if planned != [piece.task for piece in record.pieces]:
+        pieces = plan.segments[record.segment].pieces
+        if [piece.task for piece in pieces] != [piece.task for piece in record.pieces]:
             raise VerifyError(f"segment {record.segment} did other tensors than planned")
-        for piece in record.pieces:
-            written[piece.task] += piece.numel
-            added[piece.task] += piece.numel * piece.num_deltas
-    wrong = [
-        task.name
-        for number, task in enumerate(plan.tasks)
-        if written[number] != task.source.numel or added[number] != task.source.numel * len(task.deltas)
-    ]
+        for piece, done in zip(pieces, record.pieces, strict=True):
+            task = plan.tasks[piece.task]
+            # An empty piece has nothing that a delta could have been added to.
+            num_deltas = len(task.deltas) if piece.last > piece.first else 0
+            if (done.numel, done.num_deltas) != (task.numel_of(piece.first, piece.last), num_deltas):
+                wrong.append(task.name)
     if wrong:
         raise VerifyError(f"{len(wrong)} tensors were not written or merged exactly once: {listing(wrong)}")
     applied = sum(2 * len(task.deltas) for task in plan.tasks)

@@ -84,12 +84,9 @@ class LoraConfig:
             return False
         if isinstance(self.target_modules, str) or module in self.target_modules or not self.layers_to_transform:
             return True
-        patterns = self.layers_pattern or (r"[^.]*",)
-        for pattern in patterns:
-            expression = rf".*?\.{pattern}\.(\d+)\." if not self.layers_pattern else rf"(?:^|.*?\.){pattern}\.(\d+)\."
-            if found := re.match(expression, module):
-                return int(found[1]) in self.layers_to_transform
-        return False
+        patterns = [_layer_pattern(pattern) for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
+        found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
+        return found is not None and int(found["layer"]) in self.layers_to_transform
 
 
 def read_config(folder: Path, *, lora_alpha: float | None) -> LoraConfig:
@@ -116,7 +113,7 @@ def read_config(folder: Path, *, lora_alpha: float | None) -> LoraConfig:
         target_modules=_modules(raw.get("target_modules"), "target_modules", where),
         exclude_modules=_modules(raw.get("exclude_modules"), "exclude_modules", where),
         layers_to_transform=_layers(raw.get("layers_to_transform"), where),
-        layers_pattern=_as_tuple(_modules(raw.get("layers_pattern"), "layers_pattern", where)),
+        layers_pattern=_layers_pattern(raw.get("layers_pattern"), where),
         base_model=str(raw.get("base_model_name_or_path") or ""),
     )
 
@@ -145,7 +142,15 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
 
 
 def _matches(patterns: dict[str, Any], module: str) -> list[Any]:
-    return [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
+    return [value for key, value in patterns.items() if re.match(_module_pattern(key), module)]
+
+
+def _module_pattern(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _layer_pattern(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\."
 
 
 def _named(targets: str | tuple[str, ...], module: str) -> bool:
@@ -181,15 +186,16 @@ def _patterns(raw: dict[str, Any], field: str, where: str) -> Iterable[tuple[str
     if not isinstance(patterns, dict):
         raise InputError(f"{field} must be an object, got {type(patterns).__name__}", where=where)
     for pattern in patterns:
-        _check_pattern(pattern, field, where)
+        _check_pattern(pattern, field, where, as_used=_module_pattern(pattern))
     return patterns.items()
 
 
-def _check_pattern(pattern: str, field: str, where: str) -> None:
+def _check_pattern(pattern: str, field: str, where: str, *, as_used: str = "") -> None:
     if len(pattern) > _MAX_PATTERN_LENGTH:
         raise InputError(f"a pattern of {field} has {len(pattern)} characters", where=where)
     try:
         re.compile(pattern)
+        re.compile(as_used)
     except re.error as error:
         raise InputError(f"{field} holds {printable(pattern)!r}, no regular expression: {error}", where=where) from None
 
@@ -201,12 +207,16 @@ def _modules(value: Any, field: str, where: str) -> str | tuple[str, ...]:
         _check_pattern(value, field, where)
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(sorted(value))
+        return tuple(value)
     raise InputError(f"{field} must be a string or a list of strings", where=where)
 
 
-def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value
+def _layers_pattern(value: Any, where: str) -> tuple[str, ...]:
+    names = _modules(value or None, "layers_pattern", where)
+    patterns = (names,) if isinstance(names, str) else names
+    for pattern in patterns:
+        _check_pattern(pattern, "layers_pattern", where, as_used=_layer_pattern(pattern))
+    return patterns
 
 
 def _layers(value: Any, where: str) -> tuple[int, ...]:
