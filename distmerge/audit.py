@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distmerge.checkpoint.base import INDEX, SINGLE
+from distmerge.checkpoint.base import INDEX, RECEIPT, SINGLE
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec, read_header
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.errors import InputError, VerifyError, listing, printable
@@ -20,7 +19,7 @@ from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.rounding import Distance, distance
 from distmerge.plan import Plan, make_plan
 from distmerge.reader import Reader
-from distmerge.receipt import RECEIPT, read_receipt
+from distmerge.receipt import FileEntry, Receipt, ledger_keys, read_receipt
 from distmerge.storage.files import open_input, read_exact, sha256_of
 from distmerge.storage.strict_json import read_object
 
@@ -70,26 +69,26 @@ def audit(
     receipt = read_receipt(output) if output.is_dir() else None
     if receipt is None:
         raise InputError(f"holds no {RECEIPT}", where=str(output), hint="verify takes the output of a merge")
-    nbytes = _check_files(output, receipt["files"], tick)
-    tensors = _check_index(output, receipt["files"])
-    targets = {str(entry.get("tensor")) for entry in receipt["ledger"].values()}
+    nbytes = _check_files(output, receipt.files, tick)
+    tensors = _check_index(output, receipt.files)
+    targets = {entry.tensor for entry in receipt.ledger.values()}
     if lost := sorted(targets - tensors.keys()):
         raise VerifyError(f"the ledger names tensors that are not there: {listing(lost)}", where=str(output / RECEIPT))
-    if len(receipt["ledger"]) != sum(int(adapter["num_tensors"]) for adapter in receipt["adapters"]):
+    if len(receipt.ledger) != sum(adapter.num_tensors for adapter in receipt.adapters):
         raise VerifyError("the ledger does not list every adapter tensor once", where=str(output / RECEIPT))
     recomputed = None
     if base is not None:
         recomputed = _recompute(_config(receipt, output, base, adapters), receipt, tensors, tick)
     return Audit(
-        num_files=len(receipt["files"]),
+        num_files=len(receipt.files),
         nbytes=nbytes,
         num_tensors=len(tensors),
-        num_adapter_tensors=len(receipt["ledger"]),
+        num_adapter_tensors=len(receipt.ledger),
         recomputed=recomputed,
     )
 
 
-def _check_files(output: Path, files: dict[str, Any], tick: Callable[[str], None]) -> int:
+def _check_files(output: Path, files: dict[str, FileEntry], tick: Callable[[str], None]) -> int:
     strangers = sorted(
         path.name for path in output.iterdir() if path.suffix in (".safetensors", ".bin") and path.name not in files
     )
@@ -103,16 +102,16 @@ def _check_files(output: Path, files: dict[str, Any], tick: Callable[[str], None
     for name, expected in files.items():
         tick(name)
         path = output / name
-        if any(part in ("", ".", "..") for part in name.split("/")):
+        if not name.isprintable() or any(part in ("", ".", "..") for part in name.split("/")):
             raise VerifyError(f"names a file outside of the folder: {printable(name)!r}", where=str(output / RECEIPT))
         if not path.is_file():
             raise VerifyError("is missing", where=str(path))
         nbytes = path.stat().st_size
-        if nbytes != expected["bytes"]:
-            raise VerifyError(f"has {nbytes} bytes, the receipt says {expected['bytes']}", where=str(path))
-        if (digest := sha256_of(path)) != expected["sha256"]:
+        if nbytes != expected.bytes:
+            raise VerifyError(f"has {nbytes} bytes, the receipt says {expected.bytes}", where=str(path))
+        if (digest := sha256_of(path)) != expected.sha256:
             raise VerifyError(
-                f"sha256 is {digest}, the receipt says {expected['sha256']}",
+                f"sha256 is {digest}, the receipt says {printable(expected.sha256)}",
                 where=str(path),
                 hint="the file changed after the merge; merge again",
             )
@@ -120,7 +119,7 @@ def _check_files(output: Path, files: dict[str, Any], tick: Callable[[str], None
     return total
 
 
-def _check_index(output: Path, files: dict[str, Any]) -> dict[str, TensorSpec]:
+def _check_index(output: Path, files: dict[str, FileEntry]) -> dict[str, TensorSpec]:
     """The tensors of the output by name, from the headers, which must be what the index says."""
     shards = sorted(name for name in files if name.endswith(".safetensors"))
     tensors = {spec.name: spec for shard in shards for spec in read_header(output / shard, shard).tensors}
@@ -130,30 +129,34 @@ def _check_index(output: Path, files: dict[str, Any]) -> dict[str, TensorSpec]:
     if index.get("weight_map") != {name: spec.file for name, spec in tensors.items()}:
         raise VerifyError("weight_map is not what the headers say", where=str(output / INDEX))
     total = sum(spec.nbytes for spec in tensors.values())
-    if index.get("metadata", {}).get("total_size") != total:
+    metadata = index.get("metadata")
+    if not isinstance(metadata, dict) or metadata.get("total_size") != total:
         raise VerifyError(f"total_size is not {total}", where=str(output / INDEX))
     return tensors
 
 
-def _config(receipt: dict[str, Any], output: Path, base: Path, adapters: tuple[AdapterChoice, ...]) -> MergeConfig:
-    options = receipt["options"]
+def _config(receipt: Receipt, output: Path, base: Path, adapters: tuple[AdapterChoice, ...]) -> MergeConfig:
+    options = receipt.options
     return MergeConfig(
         base=base,
         adapters=adapters,
         output=output,
         device="cpu",
-        dtype=options["dtype"],
-        max_shard_size=options["max_shard_size"],
-        lora_alpha=options["lora_alpha"],
-        allow_zero_delta=options["allow_zero_delta"],
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        lora_alpha=options.lora_alpha,
+        allow_zero_delta=options.allow_zero_delta,
     )
 
 
 def _recompute(
-    config: MergeConfig, receipt: dict[str, Any], tensors: dict[str, TensorSpec], tick: Callable[[str], None]
+    config: MergeConfig, receipt: Receipt, tensors: dict[str, TensorSpec], tick: Callable[[str], None]
 ) -> Recomputed:
     plan = make_plan(config, "cpu")
     _check_same_inputs(plan, receipt)
+    went = {key: task.name for task in plan.tasks for delta in task.deltas for key in ledger_keys(plan, delta)}
+    if went != {key: entry.tensor for key, entry in receipt.ledger.items()}:
+        raise VerifyError("the ledger is not that of these adapters", where=str(config.output / RECEIPT))
     planned = {task.name: (task.dtype, task.source.shape) for task in plan.tasks}
     if planned != {name: (spec.dtype, spec.shape) for name, spec in tensors.items()}:
         raise VerifyError("the output's tensors are not those that base and adapters give", where=str(config.output))
@@ -177,9 +180,9 @@ def _recompute(
     )
 
 
-def _check_same_inputs(plan: Plan, receipt: dict[str, Any]) -> None:
+def _check_same_inputs(plan: Plan, receipt: Receipt) -> None:
     given = [(adapter.weights_sha256, adapter.weight) for adapter in plan.adapters]
-    merged = [(adapter["fingerprint"], adapter["weight"]) for adapter in receipt["adapters"]]
+    merged = [(adapter.fingerprint, adapter.weight) for adapter in receipt.adapters]
     if given != merged:
         raise InputError(
             "the adapters, their order or their weights are not those of the receipt",

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distmerge import __version__
-from distmerge.config import DTYPES, AdapterChoice, MergeConfig, parse_nbytes, read_recipe
-from distmerge.errors import DistmergeError, PeerFailed, UsageError
+from distmerge.config import DTYPES, LISTS, AdapterChoice, MergeConfig, parse_nbytes, read_recipe
+from distmerge.errors import DistmergeError, MachineError, PeerFailed, UsageError
 
 if TYPE_CHECKING:
     from distmerge.audit import Audit
@@ -29,7 +29,7 @@ class _NBytes(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
-            return value if isinstance(value, int) else parse_nbytes(value)
+            return parse_nbytes(str(value))
         except UsageError as error:
             return self.fail(str(error), param, ctx)
 
@@ -42,19 +42,37 @@ class _Nproc(click.ParamType[int | None]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
         if value == "auto" or value is None:
             return None
-        if str(value).isdigit() and int(value) > 0:
+        if str(value).isdecimal() and 0 < int(value) < 1 << 20:
             return int(value)
         return self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
 
 
 def _load_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
     if value is not None:
-        known = {p.name for p in ctx.command.params if isinstance(p, click.Option) and p.name} - {"config", "help"}
-        recipe = read_recipe(value, known)
-        for name in ("adapter", "weight"):
+        recipe = read_recipe(value, recipe_types(ctx.command))
+        for name in LISTS:
             if name in recipe and not isinstance(recipe[name], list):
                 recipe[name] = [recipe[name]]
+        if "json" in recipe:
+            recipe["as_json"] = recipe.pop("json")
         ctx.default_map = recipe
+
+
+def recipe_types(command: click.Command) -> dict[str, tuple[type, ...]]:
+    """The types that a YAML file may give to each option of `command`, by the option's name with underscores."""
+    types: dict[str, tuple[type, ...]] = {}
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name not in ("config", "help"):
+            name = option.opts[0].lstrip("-").replace("-", "_")
+            types[name] = (bool,) if option.is_flag else _YAML_TYPES.get(type(option.type), (str,))
+    return types
+
+
+_YAML_TYPES: dict[type, tuple[type, ...]] = {
+    _NBytes: (str, int),
+    _Nproc: (str, int),
+    click.types.FloatParamType: (float, int),
+}
 
 
 def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
@@ -145,12 +163,14 @@ def merge_command(as_json: bool, **values: Any) -> None:
     """
     config = _config(values)
     from distmerge.merge import run, summary  # torch takes seconds
+    from distmerge.world import launched_here
 
     result = run(config)
-    if _speaks(config):
-        click.echo(summary(result), err=True)
-        if as_json:
-            click.echo(json.dumps({**asdict(result), "output": str(result.output)}))
+    if os.environ.get("RANK", "0") != "0" or launched_here():
+        return
+    click.echo(summary(result), err=True)
+    if as_json:
+        _print(json.dumps({**asdict(result), "output": str(result.output)}))
 
 
 @cli.command("plan")
@@ -175,7 +195,7 @@ def plan_command(as_json: bool, **values: Any) -> None:
     nproc = config.nproc or default_nproc(config.device)
     lanes = wanted_lanes(nproc)
     facts = plan_facts(plan, config, wanted_lanes=lanes, room_nbytes=room_needed(plan), nproc=nproc)
-    click.echo(json.dumps(facts) if as_json else plan_table(facts))
+    _print(json.dumps(facts) if as_json else plan_table(facts))
 
 
 @cli.command("verify")
@@ -203,7 +223,7 @@ def verify_command(
 
     choices = zip(adapter, weight or [1.0] * len(adapter), strict=True)
     found = distmerge.verify(output, base=base, adapters=tuple(AdapterChoice(folder=f, weight=w) for f, w in choices))
-    click.echo(json.dumps(asdict(found)) if as_json else _render_audit(found))
+    _print(json.dumps(asdict(found)) if as_json else _render_audit(found))
 
 
 @cli.command("inspect")
@@ -219,7 +239,7 @@ def inspect_command(path: Path, as_json: bool) -> None:
     from distmerge.inspection import inspect, render
 
     facts = inspect(path)
-    click.echo(json.dumps(facts) if as_json else render(facts))
+    _print(json.dumps(facts) if as_json else render(facts))
 
 
 @cli.command("demo")
@@ -234,7 +254,7 @@ def demo_command(output: Path, nproc: int) -> None:
     """
     from distmerge.demo import run_demo
 
-    run_demo(output, nproc=nproc, say=click.echo, verified=_render_audit)
+    run_demo(output, nproc=nproc, say=_print, verified=_render_audit)
 
 
 def _render_audit(found: Audit) -> str:
@@ -251,17 +271,31 @@ def _render_audit(found: Audit) -> str:
     return "\n".join(lines)
 
 
-def _speaks(config: MergeConfig) -> bool:
-    """True for the one process that ends with words: the only one, or rank 0 of several."""
-    if "RANK" in os.environ:
-        return os.environ["RANK"] == "0"
-    from distmerge.world import default_nproc
+def _print(text: str) -> None:
+    """Data on stdout. A reader that has left early is no error; a full disk is."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise MachineError(f"cannot be written ({error.strerror})", where="stdout") from None
 
-    return (config.nproc or default_nproc(config.device)) == 1
+
+def _open_streams() -> None:
+    """Gives a process that was started with closed standard streams empty ones, so that no file takes their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def main() -> None:
     """Runs the command line and exits with the code of what happened."""
+    _open_streams()
     quiet = os.environ.get("RANK", "0") != "0"
     try:
         cli.main(standalone_mode=False)
@@ -283,7 +317,4 @@ def main() -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 75
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code)

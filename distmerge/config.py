@@ -9,10 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from distmerge.errors import UsageError, printable
+from distmerge.errors import UsageError, printable, shown
 
 DTYPES = {"auto": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DEFAULT_SHARD_NBYTES = 5_000_000_000
+LISTS = ("adapter", "weight")  # options that may be given several times
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
@@ -64,8 +66,13 @@ class MergeConfig:
             raise UsageError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.nproc is not None and self.nproc < 1:
             raise UsageError(f"nproc {self.nproc} is not a positive number")
-        if not self.timeout > 0:
+        if not 0 < self.timeout < math.inf:
             raise UsageError(f"timeout {self.timeout} is not a positive number of seconds")
+        for name, nbytes in (("memory-budget", self.memory_budget), ("max-shard-size", self.max_shard_size)):
+            if nbytes is not None and not 0 < nbytes < 1 << 63:
+                raise UsageError(f"{name} {nbytes} is not a size")
+        if self.lora_alpha is not None and (not math.isfinite(self.lora_alpha) or self.lora_alpha == 0):
+            raise UsageError(f"lora-alpha {self.lora_alpha} is not a finite number other than 0")
 
     def to_argv(self) -> list[str]:
         """The options of `distmerge merge` that mean this configuration, without --nproc."""
@@ -85,15 +92,17 @@ class MergeConfig:
 def parse_nbytes(text: str) -> int:
     """The bytes that `text` means: `5GB` is decimal, `2GiB` binary. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
-        raise UsageError(f"{printable(str(text))!r} is not a size", hint="write it as 5GB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    number = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0.0
+    if not 1 <= number < 1 << 63:
+        raise UsageError(f"{printable(str(text), 40)!r} is not a size", hint="write it as 5GB or 2GiB")
+    return int(number)
 
 
-def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
-    """The options in the YAML file at `path`, by name with underscores. Raises UsageError, naming the key.
+def read_recipe(path: Path, known: dict[str, tuple[type, ...]]) -> dict[str, Any]:
+    """The options in the YAML file at `path`, by name with underscores; those that are null are left out.
 
-    Plain YAML only: tags and duplicate keys are refused, unknown keys with the nearest one in `known`.
+    `known` gives the types that the value of an option, or an item of its list, may have. Raises UsageError, naming
+    the key, for tags, duplicate keys, unknown keys (with the nearest known one) and values of another type.
     """
     import yaml  # --help must not pay for it
 
@@ -120,10 +129,18 @@ def read_recipe(path: Path, known: set[str]) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            near = get_close_matches(name, sorted(known), n=1)
+            near = get_close_matches(name, sorted(known), n=1, cutoff=0.5)
             hint = f"did you mean {near[0].replace('_', '-')!r}?" if near else ""
             raise UsageError(f"unknown key {printable(str(key))!r}", where=str(path), hint=hint)
         if name in recipe:
             raise UsageError(f"key {printable(str(key))!r} stands twice, in two spellings", where=str(path))
+        items = value if isinstance(value, list) and name in LISTS else [value]
+        if value is not None and not all(type(item) in known[name] for item in items):
+            kinds = " or ".join(_KINDS[kind] for kind in known[name])
+            raise UsageError(
+                f"{name.replace('_', '-')} must be {kinds}, got {shown(value)}",
+                where=str(path),
+                hint="put names that look like numbers or dates in quotes" if str in known[name] else "",
+            )
         recipe[name] = value
-    return recipe
+    return {name: value for name, value in recipe.items() if value is not None}

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distmerge.checkpoint.base import INDEX
+from distmerge.checkpoint.base import INDEX, RECEIPT
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.errors import InputError
 from distmerge.numerics.nf4 import NF4, pack
-from distmerge.receipt import RECEIPT
 
 if TYPE_CHECKING:
     from distmerge.audit import Audit
@@ -42,9 +41,9 @@ def run_demo(folder: Path, *, nproc: int, say: Callable[[str], None], verified: 
     """
     from distmerge import merge, verify  # it needs the whole package
 
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / _MARK).exists():
-            raise InputError("is there and is not empty", where=str(folder), hint="choose another --output")
+            raise InputError("is there and no demo made it", where=str(folder), hint="choose another --output")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARK).touch()

@@ -63,6 +63,11 @@ def printable(text: str, limit: int = 200) -> str:
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """The repr of a value from an input, safe to show and cut at `limit` characters."""
+    return printable(repr(value)[: 4 * limit], limit)
+
+
 def listing(names: list[str], limit: int = 5) -> str:
     """The first `limit` of `names` in their order, quoted, and how many more there are."""
     shown = ", ".join(repr(printable(name)) for name in names[:limit])

@@ -9,7 +9,7 @@ from typing import Any
 
 from distmerge.adapter.peft_adapter import read_adapter
 from distmerge.checkpoint.base import read_base
-from distmerge.errors import InputError
+from distmerge.errors import InputError, printable
 from distmerge.progress import gigabytes
 from distmerge.receipt import read_receipt
 
@@ -24,9 +24,10 @@ def inspect(folder: Path) -> dict[str, Any]:
     if receipt := read_receipt(folder):
         facts["kind"] = "output"
         facts["merged"] = [
-            {"name": a["name"], "weight": a["weight"], "num_tensors": a["num_tensors"]} for a in receipt["adapters"]
+            {"name": adapter.name, "weight": adapter.weight, "num_tensors": adapter.num_tensors}
+            for adapter in receipt.adapters
         ]
-        facts["base"] = receipt["base"]["name"]
+        facts["base"] = receipt.base.name
     return facts
 
 
@@ -46,7 +47,7 @@ def render(facts: dict[str, Any]) -> str:
             text = gigabytes(value)
         else:
             text = f"{value:,}" if isinstance(value, int) else str(value)
-        lines.append(f"{key:<14}{text}")
+        lines.append(f"{key:<14}{printable(text, 2000)}")
     return "\n".join(lines)
 
 

@@ -38,20 +38,20 @@ def merge(config: MergeConfig, world: World, display: Display) -> None:
     Raises InputError before anything is written, VerifyError before anything is published, MachineError, Interrupted
     or PeerFailed at any time; the output is then absent, and the same command resumes.
     """
-    work = WorkFolder(config.output)
     device = world.device(config.device)
-    planned = world.first("plan", lambda: _plan(config, work, device.type, display))  # plan
-    if planned is None:
-        return
-    plan = work.load(planned)
-    with (
-        display.watching(world.reports, sum(task.nbytes for task in plan.tasks), _recorder(work)),
-        Share(plan, config, work, world, device) as share,
-    ):
-        for segment in claims(plan, world):  # claim
-            share.do(segment)  # read, dequantize, apply, write
-        gathered = world.collect("records", share.records().to_json())  # gather
-    world.first("publish", lambda: _publish(config, plan, work, gathered, display))  # verify, publish
+    with WorkFolder(config.output) as work:
+        planned = world.first("plan", lambda: _plan(config, work, device.type, display))  # plan
+        if planned is None:
+            return
+        plan = work.load(planned)
+        with (
+            display.watching(world.reports, sum(task.nbytes for task in plan.tasks), _recorder(work)),
+            Share(plan, config, work, world, device) as share,
+        ):
+            for segment in claims(plan, world):  # claim
+                share.do(segment)  # read, dequantize, apply, write
+            gathered = world.collect("records", share.records().to_json())  # gather
+        world.first("publish", lambda: _publish(config, plan, work, gathered, display))  # verify, publish
 
 
 def run(config: MergeConfig) -> MergeResult:
@@ -69,9 +69,9 @@ def run(config: MergeConfig) -> MergeResult:
         raise VerifyError("the output is gone", where=str(config.output))
     return MergeResult(
         output=config.output,
-        num_adapter_tensors=len(receipt["ledger"]),
-        num_files=len(receipt["files"]),
-        nbytes=sum(file["bytes"] for file in receipt["files"].values()),
+        num_adapter_tensors=len(receipt.ledger),
+        num_files=len(receipt.files),
+        nbytes=sum(file.bytes for file in receipt.files.values()),
         seconds=time.monotonic() - started,
     )
 
@@ -100,7 +100,7 @@ def _plan(config: MergeConfig, work: WorkFolder, device: str, display: Display) 
         display.say(f"warning  {warning}")
     if is_published(config, plan):
         display.say(f"done     {config.output} holds the result of this merge already")
-        work.discard()
+        work.clear_after(plan)
         return None
     digest = work.open(plan)
     num_merged = sum(bool(task.deltas) for task in plan.tasks)
@@ -123,8 +123,8 @@ def _publish(config: MergeConfig, plan: Plan, work: WorkFolder, gathered: list[s
     if kept := sum(record.num_kept for record in records):
         display.say(f"resumed  {kept} of {len(plan.segments)} segments were finished by an earlier run")
     display.say(
-        f"proven   {len(receipt['ledger'])} adapter tensors applied exactly once, {len(plan.tasks)} tensors written, "
-        f"{len(receipt['files'])} files hashed"
+        f"proven   {len(receipt.ledger)} adapter tensors applied exactly once, {len(plan.tasks)} tensors written, "
+        f"{len(receipt.files)} files hashed"
     )
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from distmerge import __version__
 from distmerge.adapter.peft_adapter import Adapter, read_adapter
 from distmerge.adapter.resolve import Delta, resolve, untouched_targets
-from distmerge.checkpoint.base import Base, read_base
+from distmerge.checkpoint.base import INDEX, RECEIPT, Base, read_base
 from distmerge.checkpoint.formats import Stored
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, build_header
 from distmerge.checkpoint.sidefiles import SideFile, find_side_files, output_config
 from distmerge.config import DEFAULT_SHARD_NBYTES, DTYPES, MergeConfig
-from distmerge.errors import InputError, listing
+from distmerge.errors import InputError, listing, printable
 from distmerge.layout import BLOCK_NUMEL, OutputFile, Segment, Task, Wanted, cut_segments, pack_shards, place
 from distmerge.storage.records import encode
 
@@ -93,7 +93,7 @@ def make_plan(config: MergeConfig, device: str) -> Plan:
         mark, notes = screen(adapter, allow_zero_delta=config.allow_zero_delta)
         planned.append(
             PlannedAdapter(
-                name=adapter.folder.resolve().name,
+                name=printable(adapter.folder.resolve().name),
                 base_model=adapter.config.base_model,
                 weight=choice.weight,
                 weights_sha256=mark.weights_sha256,
@@ -102,19 +102,21 @@ def make_plan(config: MergeConfig, device: str) -> Plan:
             )
         )
         warnings += [*adapter.warnings, *notes, *_doubts(adapter, base)]
-    _refuse_merged_before(base, planned)
     files, tasks = place(_shards(base, deltas, config))
     dtypes: Counter[str] = Counter()
     for task in tasks:
         dtypes[task.dtype] += task.source.numel
     config_json = output_config(base, dict(dtypes), recast=config.dtype != "auto") if base.config else None
+    made = {"README.md", RECEIPT, INDEX, *(file.name for file in files)}
+    if config_json is not None:
+        made.add("config.json")
     plan = Plan(
         fingerprint=_fingerprint(config, base, planned, device),
         adapters=tuple(planned),
         files=files,
         tasks=tasks,
         segments=cut_segments(tasks),
-        side_files=find_side_files(base.folder, tuple(adapter.folder for adapter in adapters)),
+        side_files=find_side_files(base.folder, tuple(adapter.folder for adapter in adapters), made),
         config_json=config_json.decode() if config_json is not None else None,
         warnings=tuple(warnings),
     )
@@ -165,19 +167,6 @@ def _doubts(adapter: Adapter, base: Base) -> list[str]:
     if missing := untouched_targets(adapter, base):
         doubts.append(f"{name}: {len(missing)} targeted modules have no weights in the adapter: {listing(missing, 3)}")
     return doubts
-
-
-def _refuse_merged_before(base: Base, adapters: list[PlannedAdapter]) -> None:
-    from distmerge.receipt import RECEIPT, merged_adapters
-
-    already = merged_adapters(base.folder)
-    for adapter in adapters:
-        if adapter.weights_sha256 in already:
-            raise InputError(
-                f"adapter {adapter.name!r} is merged into this base already ({RECEIPT})",
-                where=str(base.folder),
-                hint="--base takes the checkpoint before the merge",
-            )
 
 
 def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter], device: str) -> dict[str, str]:

@@ -8,14 +8,13 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from distmerge.checkpoint.base import INDEX, SINGLE
+from distmerge.checkpoint.base import INDEX, RECEIPT, SINGLE
 from distmerge.checkpoint.sidefiles import read_side_file
 from distmerge.config import MergeConfig
-from distmerge.errors import InputError, MachineError, VerifyError, listing
+from distmerge.errors import InputError, MachineError, VerifyError, listing, printable
 from distmerge.plan import Plan
-from distmerge.receipt import RECEIPT, build_ledger, build_receipt, read_receipt, receipt_bytes
+from distmerge.receipt import FileEntry, Receipt, build_ledger, build_receipt, merged_adapters, read_receipt
 from distmerge.report.card import model_card
 from distmerge.storage.files import fsync_dir, io_errors, replace_file
 from distmerge.stream import SegmentRecord
@@ -24,33 +23,57 @@ from distmerge.work import ShardRecord, WorkFolder
 
 def check_output(config: MergeConfig) -> None:
     """Raises InputError if the output may not be written where `config` says, before anything is read or written."""
-    output = config.output.resolve()
-    inputs = [("base", config.base), *(("adapter", adapter.folder) for adapter in config.adapters)]
-    for what, folder in inputs:
-        taken = folder.resolve()
-        if output == taken or taken in output.parents or output in taken.parents:
-            raise InputError(f"the output is, holds or lies in the {what} {folder}", where=str(config.output))
-    if config.output.is_symlink() or (config.output.exists() and not config.output.is_dir()):
-        raise InputError("is there and is not a folder", where=str(config.output), hint="choose another --output")
-    if not config.output.exists() or not any(config.output.iterdir()):
-        return
-    if read_receipt(config.output) is None:
+    output = config.output
+    if output.name in ("", ".."):
+        raise InputError("is no name for a new folder", where=f"--output {output}")
+    try:
+        _check_places(config, WorkFolder(output).path)
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise InputError("is there and is not a folder", where=str(output), hint="choose another --output")
+        if not output.exists() or not any(output.iterdir()):
+            return
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks
+        raise InputError(
+            f"cannot be looked at ({printable(str(getattr(error, 'strerror', None) or error))})",
+            where=printable(str(output)),
+            hint="choose another --output",
+        ) from None
+    receipt = read_receipt(output)
+    if receipt is None:
         raise InputError(
             "is there, is not empty, and was not written by distmerge",
-            where=str(config.output),
+            where=str(output),
             hint="choose another --output; --overwrite replaces only outputs of distmerge",
         )
+    added = sorted(found for found in _files_in(output) if found not in receipt.files and found != RECEIPT)
+    if config.overwrite and added:
+        raise InputError(
+            f"holds files that the merge did not write: {listing(added)}",
+            where=str(output),
+            hint="move them away; --overwrite replaces only outputs of distmerge",
+        )
+
+
+def _check_places(config: MergeConfig, work: Path) -> None:
+    inputs = [("base", config.base), *(("adapter", adapter.folder) for adapter in config.adapters)]
+    for place in (config.output, work):
+        resolved = place.parent.resolve() / place.name
+        for what, folder in inputs:
+            taken = folder.resolve()
+            if resolved == taken or taken in resolved.parents or resolved in taken.parents:
+                raise InputError(f"is, holds or lies in the {what} {folder}", where=str(place))
 
 
 def is_published(config: MergeConfig, plan: Plan) -> bool:
     """True if the output holds the result of `plan` already. Raises InputError if it holds that of another one and
-    may not be replaced."""
+    may not be replaced, and if the base is a merge that holds one of the adapters."""
+    _refuse_merged_before(config, plan)
     receipt = read_receipt(config.output) if config.output.is_dir() else None
     if receipt is None or config.overwrite:
         return False
-    sizes = {name: (config.output / name) for name in receipt["files"]}
-    whole = all(path.is_file() and path.stat().st_size == receipt["files"][n].get("bytes") for n, path in sizes.items())
-    if receipt["plan"] == plan.digest and whole:
+    sizes = {name: (config.output / name) for name in receipt.files}
+    whole = all(path.is_file() and path.stat().st_size == receipt.files[name].bytes for name, path in sizes.items())
+    if receipt.plan == plan.digest and whole:
         return True
     raise InputError(
         "holds the result of another merge" if whole else "holds a damaged result",
@@ -59,34 +82,43 @@ def is_published(config: MergeConfig, plan: Plan) -> bool:
     )
 
 
+def _refuse_merged_before(config: MergeConfig, plan: Plan) -> None:
+    already = merged_adapters(config.base)
+    for adapter in plan.adapters:
+        if adapter.weights_sha256 in already:
+            raise InputError(
+                f"adapter {adapter.name!r} is merged into this base already ({RECEIPT})",
+                where=str(config.base),
+                hint="--base takes the checkpoint before the merge",
+            )
+
+
 def publish(
     config: MergeConfig,
     plan: Plan,
     work: WorkFolder,
     segments: Sequence[SegmentRecord],
     shards: Sequence[ShardRecord],
-) -> dict[str, Any]:
+) -> Receipt:
     """Completes the model in the work folder and makes it the output; returns the receipt.
 
     Every file is durable before the rename, the index is the last to appear, and after the rename the work folder is
     removed. Killed anywhere in between, the next run does what is left.
     """
     ledger = build_ledger(plan, segments)
-    files = {plan.files[shard.file].name: {"sha256": shard.sha256, "bytes": shard.nbytes} for shard in shards}
+    files = {plan.files[shard.file].name: FileEntry(sha256=shard.sha256, bytes=shard.nbytes) for shard in shards}
     contents: dict[str, bytes] = {}
     folders = (config.base, *(adapter.folder for adapter in config.adapters))
     for side in plan.side_files:
         contents[side.name] = read_side_file(folders[side.source], side)
     if plan.config_json is not None:
         contents["config.json"] = plan.config_json.encode()
-    elif (config.base / "config.json").exists():
-        contents["config.json"] = (config.base / "config.json").read_bytes()
-    contents["README.md"] = model_card(plan, config.base.resolve().name, ledger).encode()
+    contents["README.md"] = model_card(plan, printable(config.base.resolve().name), len(ledger)).encode()
     index = _index(plan)
     for name, data in {**contents, **index}.items():
-        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        files[name] = FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
     receipt = build_receipt(plan, config, ledger, dict(sorted(files.items())))
-    for name, data in {**contents, RECEIPT: receipt_bytes(receipt), **index}.items():
+    for name, data in {**contents, RECEIPT: receipt.to_json(), **index}.items():
         _write(work.model, name, data)
     _sweep(work.model, {*files, RECEIPT})
     _rename(work, config.output)
@@ -104,7 +136,7 @@ def _index(plan: Plan) -> dict[str, bytes]:
         },
         "weight_map": {task.name: plan.files[task.file].name for task in sorted(plan.tasks, key=lambda t: t.name)},
     }
-    return {INDEX: (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()}
+    return {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
 
 
 def _write(folder: Path, name: str, data: bytes) -> None:
@@ -117,10 +149,14 @@ def _write(folder: Path, name: str, data: bytes) -> None:
         fsync_dir(path.parent)
 
 
+def _files_in(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
+
+
 def _sweep(folder: Path, expected: set[str]) -> None:
     """Removes what an interrupted publish left behind. Raises VerifyError for anything that is not ours."""
     with io_errors(folder):
-        found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if not path.is_dir()}
+        found = _files_in(folder)
         for name, path in found.items():
             if name not in expected and name.endswith(".tmp"):
                 path.unlink()

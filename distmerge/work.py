@@ -64,11 +64,17 @@ class WorkFolder:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.path = output.with_name(f"{output.name}.distmerge")
+        self.path = output.parent / f"{output.name}.distmerge"
         self.model = self.path / "model"
         self._done = self.path / "done"
         self._lock: int | None = None
         self._journal: int | None = None
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     # -- opening
 
@@ -78,10 +84,12 @@ class WorkFolder:
         Holds the folder until `release`. Raises InputError if it belongs to another merge, MachineError if there is
         no room; a folder that was not there before is then gone again.
         """
+        with io_errors(self.path):
+            _check_foreign(self.path)
         fresh = not self.path.exists()
         with io_errors(self.path):
-            self.output.parent.mkdir(parents=True, exist_ok=True)
             self._check_room(plan)
+            self.output.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(exist_ok=True)
         try:
             self._take_lock()
@@ -94,6 +102,7 @@ class WorkFolder:
             fsync_dir(self.model)
             fsync_dir(self.path)
         except BaseException:
+            self.release()
             if fresh:
                 self.discard()
             raise
@@ -180,6 +189,8 @@ class WorkFolder:
         """Replaces status.json; a reader never sees a part of it. Not durable, and never a reason to fail."""
         temporary = self.path / ".status.tmp"
         with contextlib.suppress(OSError):
+            if not (self.path / _MANIFEST).exists():  # somebody else's folder
+                return
             temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
             temporary.replace(self.path / "status.json")
 
@@ -196,6 +207,12 @@ class WorkFolder:
             if fd is not None:
                 os.close(fd)
         self._journal = self._lock = None
+
+    def clear_after(self, plan: Plan) -> None:
+        """Removes what a run that died after publishing `plan` has left behind."""
+        earlier = _plan_of(self.path / _MANIFEST)
+        if earlier is not None and earlier.digest == plan.digest:
+            self.discard()
 
     def discard(self) -> None:
         """Removes the folder with all that is in it."""
@@ -227,9 +244,6 @@ class WorkFolder:
     def _agree(self, plan: Plan) -> None:
         path = self.path / _MANIFEST
         if not path.exists():
-            strangers = {entry.name for entry in self.path.iterdir()} - {".lock", "model", "done"}
-            if any(not name.startswith(f".{_MANIFEST}") for name in strangers):
-                raise InputError("is no work folder of distmerge", where=str(self.path), hint="move it away")
             replace_file(path, encode({"version": 1, "plan": plan}).encode())
             return
         earlier = _plan_of(path)
@@ -275,6 +289,17 @@ class WorkFolder:
                 return os.open(self.model / f"{name}.part", flags)
             except FileNotFoundError:
                 return os.open(self.model / name, flags)
+
+
+def _check_foreign(path: Path) -> None:
+    """Raises InputError if what is at `path` is anything but a work folder."""
+    if not path.exists() and not path.is_symlink():
+        return
+    ours = {".lock", "model", "done", "status.json", "events.jsonl", "replaced", ".status.tmp", _MANIFEST}
+    if path.is_symlink() or not path.is_dir():
+        raise InputError("is there and is no work folder of distmerge", where=str(path), hint="move it away")
+    if any(entry.name not in ours and not entry.name.startswith(f".{_MANIFEST}") for entry in path.iterdir()):
+        raise InputError("holds files that are not of distmerge", where=str(path), hint="move it away")
 
 
 def room_needed(plan: Plan) -> int:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from distmerge.adapter.patterns import time_limit
 from distmerge.adapter.peft_config import LoraConfig, read_config
 from distmerge.checkpoint.header import TensorSpec, read_header
 from distmerge.errors import InputError, listing, printable
@@ -61,8 +62,9 @@ def read_adapter(folder: Path, *, lora_alpha: float | None = None) -> Adapter:
     if not header.tensors:
         raise InputError("holds no tensors", where=str(folder / WEIGHTS))
     pairs = _pairs(header.tensors, where=str(folder / WEIGHTS))
-    warnings = [text for pair in pairs for text in _check_rank(pair, config, folder)]
-    outside = [pair.module for pair in pairs if not config.targets(pair.module)]
+    with time_limit(str(folder / "adapter_config.json")):
+        warnings = [text for pair in pairs for text in _check_rank(pair, config, folder)]
+        outside = [pair.module for pair in pairs if not config.targets(pair.module)]
     if outside and config.target_modules:
         warnings.append(
             f"{folder.name}: target_modules does not name {len(outside)} modules that the file holds, "

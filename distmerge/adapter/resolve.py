@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from distmerge.adapter.patterns import time_limit
 from distmerge.adapter.peft_adapter import WEIGHTS, Adapter, Pair
 from distmerge.checkpoint.base import CONV1D_MODELS, Base, nested_configs
 from distmerge.checkpoint.formats import Stored
@@ -41,12 +42,13 @@ def resolve(adapter: Adapter, number: int, weight: float, base: Base) -> dict[st
     if lost:
         raise _not_found(lost, adapter, base)
     deltas = {}
-    for pair in adapter.pairs:
-        stored = base.tensors[f"{pair.module}.weight"]
-        _check_target(pair, stored, where)
-        _check_tied(stored, base)
-        scaling = adapter.config.scaling(pair.module, pair.r) * weight
-        deltas[stored.name] = Delta(adapter=number, a=pair.a, b=pair.b, scaling=scaling)
+    with time_limit(str(adapter.folder / "adapter_config.json")):
+        for pair in adapter.pairs:
+            stored = base.tensors[f"{pair.module}.weight"]
+            _check_target(pair, stored, where)
+            _check_tied(stored, base)
+            scaling = adapter.config.scaling(pair.module, pair.r) * weight
+            deltas[stored.name] = Delta(adapter=number, a=pair.a, b=pair.b, scaling=scaling)
     return deltas
 
 
@@ -58,7 +60,8 @@ def untouched_targets(adapter: Adapter, base: Base) -> list[str]:
         for name, stored in base.tensors.items()
         if name.endswith(".weight") and len(stored.shape) == 2
     )
-    return [module for module in modules if module not in touched and adapter.config.targets(module)]
+    with time_limit(str(adapter.folder / "adapter_config.json")):
+        return [module for module in modules if module not in touched and adapter.config.targets(module)]
 
 
 def _not_found(lost: list[Pair], adapter: Adapter, base: Base) -> InputError:
@@ -92,6 +95,8 @@ def _check_target(pair: Pair, stored: Stored, where: str) -> None:
 
 
 def _check_tied(stored: Stored, base: Base) -> None:
+    if any(part.isdigit() for part in stored.name.split(".")):
+        return  # in a layer; embeddings and heads stand outside of them
     for part in nested_configs(base.config):
         if part.get("tie_word_embeddings") is True and stored.shape[0] == part.get("vocab_size"):
             raise InputError(

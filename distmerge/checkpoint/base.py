@@ -11,12 +11,13 @@ from typing import Any
 
 from distmerge.checkpoint.formats import Stored, group
 from distmerge.checkpoint.header import TensorSpec, read_header
-from distmerge.errors import InputError, listing, printable
+from distmerge.errors import InputError, listing, printable, shown
 from distmerge.storage.files import read_range
 from distmerge.storage.strict_json import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+RECEIPT = "merge_receipt.json"  # of an output of distmerge
 
 # Architectures whose linear layers are transformers' Conv1D: stored (in, out), packed transposed.
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -135,7 +136,12 @@ def _shards_of_index(folder: Path, weight_map: Any) -> list[str]:
 
 def is_plain_name(name: str) -> bool:
     """True if `name` is one ordinary path component on any system: no folder, drive, dots or control characters."""
-    return bool(name) and name.isprintable() and not re.search(r'[/\\:*?"<>|]', name) and not name.startswith(".")
+    return (
+        0 < len(name.encode()) < 256
+        and name.isprintable()
+        and not re.search(r'[/\\:*?"<>|]', name)
+        and not name.startswith(".")
+    )
 
 
 def _check_index(folder: Path, weight_map: dict[str, str], specs: dict[str, TensorSpec]) -> list[str]:
@@ -159,7 +165,7 @@ def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
             continue
         method = quantization.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantization else None)
         if method != "bitsandbytes" or quantization.get("load_in_8bit"):
-            name = "bitsandbytes int8" if method == "bitsandbytes" else repr(method)
+            name = "bitsandbytes int8" if method == "bitsandbytes" else shown(method)
             raise InputError(
                 f"quantization {name} is not supported; supported are plain floats and bitsandbytes NF4 and FP4",
                 where=os.fspath(folder / "config.json"),

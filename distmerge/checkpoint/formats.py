@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distmerge.checkpoint.header import TensorSpec
-from distmerge.errors import InputError, listing
+from distmerge.errors import InputError, listing, shown
 from distmerge.storage.strict_json import parse_object
 
 _STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>nf4|fp4)")
@@ -103,6 +103,8 @@ def group(specs: dict[str, TensorSpec], read: Callable[[TensorSpec], bytes]) -> 
             weight = match["weight"]
             if weight not in specs:
                 raise InputError("the quantization state has no weight", where=name)
+            if weight in packings:
+                raise InputError("has two quantization states", where=weight)
             packing, companions = _packing(weight, match["kind"], specs, _read_state(spec, read))
             packings[weight] = packing
             used |= {name, *companions}
@@ -132,18 +134,18 @@ def _packing(weight: str, kind: str, specs: dict[str, TensorSpec], state: dict[s
     nested = "nested_blocksize" in state or f"{weight}.nested_absmax" in specs
     blocksize, shape = state.get("blocksize"), state.get("shape")
     if type(blocksize) is not int or not 1 <= blocksize <= 1 << 20:
-        raise InputError(f"blocksize {blocksize!r} is not a block size", where=weight)
+        raise InputError(f"blocksize {shown(blocksize)} is not a block size", where=weight)
     if not isinstance(shape, list) or not shape or not all(type(dim) is int and 0 < dim < 1 << 40 for dim in shape):
         raise InputError(f"shape {str(shape)[:80]} in the quantization state is not a shape", where=weight)
-    if state.get("dtype") not in _DTYPES:
-        raise InputError(f"dtype {state.get('dtype')!r} in the quantization state is not supported", where=weight)
+    if not isinstance(state.get("dtype"), str) or state["dtype"] not in _DTYPES:
+        raise InputError(f"dtype {shown(state.get('dtype'))} in the quantization state is not supported", where=weight)
     if state.get("quant_type") != kind:
-        raise InputError(f"quant_type {state.get('quant_type')!r} contradicts the key's {kind!r}", where=weight)
+        raise InputError(f"quant_type {shown(state.get('quant_type'))} contradicts the key's {kind!r}", where=weight)
     nested_blocksize, nested_offset = state.get("nested_blocksize", 0), state.get("nested_offset", 0.0)
-    if nested and (type(nested_blocksize) is not int or nested_blocksize < 1):
-        raise InputError(f"nested_blocksize {nested_blocksize!r} is not a block size", where=weight)
-    if not isinstance(nested_offset, int | float) or not math.isfinite(nested_offset):
-        raise InputError(f"nested_offset {nested_offset!r} is not a finite number", where=weight)
+    if nested and (type(nested_blocksize) is not int or not 1 <= nested_blocksize <= 1 << 20):
+        raise InputError(f"nested_blocksize {shown(nested_blocksize)} is not a block size", where=weight)
+    if type(nested_offset) not in (int, float) or not abs(nested_offset) < 1e30:
+        raise InputError(f"nested_offset {shown(nested_offset)} is not a finite number", where=weight)
     packing = Packing(
         kind=kind,
         blocksize=blocksize,

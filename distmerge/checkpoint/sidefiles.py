@@ -39,14 +39,16 @@ class SideFile:
     sha256: str
 
 
-def find_side_files(base: Path, adapters: tuple[Path, ...]) -> tuple[SideFile, ...]:
+def find_side_files(base: Path, adapters: tuple[Path, ...], made: set[str]) -> tuple[SideFile, ...]:
     """Every file that goes into the output unchanged, by name: those of the base, overlaid by tokenizer and template
-    files of the adapters in their order. `README.md` and `config.json` are written anew and are not among them."""
-    chosen = {name: 0 for name in _walk(base) if name not in ("README.md", "config.json") and not _is_weight(name)}
+    files of the adapters in their order, but for the names in `made`, which the merge writes itself."""
+    chosen = {name: 0 for name in _walk(base) if name not in made and not _is_weight(name)}
     for number, folder in enumerate(adapters, start=1):
         for name in _walk(folder):
             if "/" not in name and any(fnmatch(name, pattern) for pattern in _OVERLAY) and not _is_weight(name):
                 chosen[name] = number
+    if taken := [name for name in chosen if "/" in name and name.split("/")[0] in made]:
+        raise InputError("is a folder where the output has a file", where=str(base / taken[0].split("/")[0]))
     folders = (base, *adapters)
     files = []
     for name, source in sorted(chosen.items()):
@@ -78,7 +80,7 @@ def output_config(base: Base, dtypes: dict[str, int], *, recast: bool) -> bytes 
         _set_dtype(config, _DTYPE_NAMES[max(floats, key=lambda dtype: floats[dtype])])
     if config == base.config and not stale:
         return None
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

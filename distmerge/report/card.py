@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from distmerge import __version__
 from distmerge.plan import Plan
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def model_card(plan: Plan, base_name: str, ledger: dict[str, dict[str, Any]]) -> str:
+def model_card(plan: Plan, base_name: str, num_applied: int) -> str:
     """The model card in Markdown, with metadata that the Hub reads."""
     from huggingface_hub import ModelCardData
 
@@ -44,7 +43,7 @@ def model_card(plan: Plan, base_name: str, ledger: dict[str, dict[str, Any]]) ->
             for adapter in plan.adapters
         ),
         "",
-        f"All {len(ledger)} adapter tensors were applied exactly once, in float32, and each element was rounded once. "
+        f"All {num_applied} adapter tensors were applied exactly once, in float32, and each element was rounded once. "
         + (
             "The base was packed in 4 bits; the deltas were added to its dequantized values, those that training saw. "
             if packed

@@ -80,6 +80,19 @@ def read_range(path: Path, offset: int, nbytes: int) -> bytes:
         os.close(fd)
 
 
+def read_input(path: Path, max_nbytes: int) -> bytes:
+    """The whole of a small input file. Raises InputError if it is missing, no regular file or too large."""
+    fd = open_input(path)
+    try:
+        if (size := os.fstat(fd).st_size) > max_nbytes:
+            raise InputError(f"has {size} bytes, at most {max_nbytes} are read", where=str(path))
+        data = bytearray(size)
+        read_exact(fd, memoryview(data), 0, path)
+        return bytes(data)
+    finally:
+        os.close(fd)
+
+
 def fsync_dir(path: Path) -> None:
     """Makes the names in the folder durable. File systems that cannot (EINVAL) are left alone."""
     with io_errors(path):

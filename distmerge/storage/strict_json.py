@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.errors import InputError, printable
+from distmerge.storage.files import read_input
 
+MAX_DEPTH = 100
 MAX_NBYTES = 512 << 20  # an index of half a million tensors is about 100 MB
 
 
@@ -30,6 +32,8 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
         raise InputError("JSON is nested too deeply", where=where) from None
     except ValueError as error:  # JSONDecodeError is one too
         raise InputError(f"not valid JSON ({error})", where=where, hint="is the file cut off? fetch it again") from None
+    except OverflowError as error:
+        raise InputError(f"holds a number that is too large ({error})", where=where) from None
     if not isinstance(value, dict):
         raise InputError(f"must be a JSON object, not {type(value).__name__}", where=where)
     return value
@@ -37,9 +41,20 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`. Raises InputError when it is missing or malformed."""
-    try:
-        if path.stat().st_size > MAX_NBYTES:
-            raise InputError(f"larger than {MAX_NBYTES} bytes ({path.stat().st_size})", where=str(path))
-        return parse_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror})", where=str(path)) from None
+    value = parse_object(read_input(path, MAX_NBYTES), str(path))
+    if _is_deep(value):
+        raise InputError(f"JSON is nested more than {MAX_DEPTH} deep", where=str(path))
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(outer: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(outer.values()) if isinstance(outer, dict) else outer
