@@ -33,10 +33,10 @@ torchrun exits with 1 for every failure of a rank; the code is in its summary an
 
 def page() -> str:
     """The whole page."""
-    context = click.Context(cli, info_name="distmerge", max_content_width=100, terminal_width=100)
+    context = click.Context(cli, info_name="distmerge", terminal_width=100, **cli.context_settings)
     parts = [_INTRO, f"## distmerge\n\n```text\n{cli.get_help(context)}\n```\n"]
     for name, command in sorted(cli.commands.items()):
-        inner = click.Context(command, info_name=name, parent=context, max_content_width=100, terminal_width=100)
+        inner = click.Context(command, info_name=name, parent=context, terminal_width=100)
         parts.append(f"## distmerge {name}\n\n```text\n{command.get_help(inner)}\n```\n")
     return "\n".join(parts)
 
