@@ -149,8 +149,8 @@ def _shards(base: Base, deltas: dict[str, tuple[Delta, ...]], config: MergeConfi
 
 
 def _want(stored: Stored, deltas: tuple[Delta, ...], dtype: str | None) -> Wanted:
-    castable = stored.dtype in (*FLOATS, "F64")
-    out = dtype if dtype is not None and castable else stored.dtype
+    # F64 stays: torch rounds it to 16 bits by way of float32, that is twice.
+    out = dtype if dtype is not None and stored.dtype in FLOATS else stored.dtype
     same = out == stored.dtype and stored.packing is None
     return Wanted(kind="merge" if deltas else "copy" if same else "convert", source=stored, dtype=out, deltas=deltas)
 

@@ -279,3 +279,31 @@ def plan_of(shards: dict[str, list[Any]]) -> Any:
         config_json=None,
         warnings=(),
     )
+
+
+def repeated_base(folder: Path, *, layers: int, hidden: int, inner: int) -> Path:
+    """Like `synthetic_base`, at the speed of the disk: every tensor holds the beginning of one list of values."""
+    folder.mkdir(parents=True)
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    values = torch.randn(inner * hidden, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    data = values.view(torch.uint8).numpy().data
+    weight_map: dict[str, str] = {}
+    for layer in range(layers):
+        file = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (rows, cols) in shapes.items():
+            begin, end = end, end + 2 * rows * cols
+            key = f"model.layers.{layer}.{name}.weight"
+            header[key] = {"dtype": "BF16", "shape": [rows, cols], "data_offsets": [begin, end]}
+            weight_map[key] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            for rows, cols in shapes.values():
+                opened.write(data[: 2 * rows * cols])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
+    return folder

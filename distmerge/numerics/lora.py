@@ -20,7 +20,8 @@ class Factors:
 def add_deltas(weight: Tensor, factors: tuple[Factors, ...], *, rows: slice, cols: slice) -> int:
     """Adds to `weight`, float32 (rows, cols), that part of every delta, one after another, in place; returns how many.
 
-    The inner dimension is never split, so an element is the same dot product however the rest is cut.
+    The inner dimension is never split. Products of other shapes may still take other kernels and give other last bits
+    (one to three rows do on some CPUs), so callers that want equal bits cut a tensor into equal blocks.
     """
     added = 0
     for factor in factors:

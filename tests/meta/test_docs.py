@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from distmerge import __version__
-from distmerge.cli import cli
+from distmerge.cli import cli, recipe_types
 from distmerge.config import read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def test_links_inside_the_project_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_hold_known_options_and_begin_with_their_command(recipe: Path) -> None:
-    known = {option.name for option in cli.commands["merge"].params if option.name}
+    known = recipe_types(cli.commands["merge"])
     assert {"base", "adapter", "output"} <= read_recipe(recipe, known).keys()
     assert recipe.read_text().startswith(f"# distmerge merge --config configs/{recipe.name}\n")
     assert isinstance(yaml.safe_load(recipe.read_text()), dict)

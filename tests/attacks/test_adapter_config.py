@@ -1,0 +1,261 @@
+"""adapter_config.json: what would change the arithmetic and is not understood is refused by field."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+import distmerge
+from distmerge.adapter.peft_config import _REFUSED
+from tests.attacks.scene import Scene, failure
+from tests.conftest import environment
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, float("nan"), float("inf"), -float("inf"), "8", "", None, True, False, [8], {"a": 1}]
+)
+def test_a_lora_alpha_that_is_no_number_is_refused_and_replaceable(scene: Scene, value: Any) -> None:
+    scene.spoil_config(lora_alpha=value)
+    scene.refuse("adapter_config.json", "lora_alpha", repr(value), hint="--lora-alpha")
+    distmerge.plan(scene.config(lora_alpha=6.0))
+
+
+def test_a_lora_alpha_beyond_floats_is_refused(scene: Scene) -> None:
+    path = scene.adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 6', f'"lora_alpha": {10**400}'))
+    assert json.loads(path.read_text())["lora_alpha"] == 10**400
+    scene.refuse("adapter_config.json", "lora_alpha")
+
+
+def test_a_missing_lora_alpha_is_refused(scene: Scene) -> None:
+    scene.drop_config("lora_alpha")
+    scene.refuse("adapter_config.json", "lora_alpha", hint="--lora-alpha")
+
+
+@pytest.mark.parametrize("value", [0, -1, 4.5, 4.0, "8", True, None, [4]])
+def test_an_r_that_is_no_positive_integer_is_refused(scene: Scene, value: Any) -> None:
+    scene.spoil_config(r=value)
+    scene.refuse("adapter_config.json", "r must be", repr(value))
+
+
+@pytest.mark.parametrize("r", [3, 5, 10**30])
+def test_an_r_that_the_factors_contradict_is_refused(scene: Scene, r: int) -> None:
+    scene.spoil_config(r=r)
+    scene.refuse("base_model.model.model.layers.0.mlp.down_proj.lora_A.weight", "r 4", r)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "8", float("nan"), None])
+def test_values_of_rank_pattern_are_checked(scene: Scene, value: Any) -> None:
+    scene.spoil_config(rank_pattern={"q_proj": value})
+    scene.refuse("adapter_config.json", "rank_pattern", repr(value))
+
+
+@pytest.mark.parametrize("value", [0, True, "8", float("nan"), float("inf"), None, []])
+def test_values_of_alpha_pattern_are_checked(scene: Scene, value: Any) -> None:
+    scene.spoil_config(alpha_pattern={"q_proj": value})
+    scene.refuse("adapter_config.json", "alpha_pattern", repr(value))
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["(", "[", "*", "(?P<a", "x" * 5000])
+def test_a_pattern_that_is_no_regular_expression_is_refused(scene: Scene, field: str, pattern: str) -> None:
+    scene.spoil_config(**{field: {pattern: 4}})
+    scene.refuse("adapter_config.json", field)
+
+
+@pytest.mark.parametrize("value", ["q_proj", ["q_proj"], 4, True])
+def test_a_pattern_field_that_is_no_object_is_refused(scene: Scene, value: Any) -> None:
+    scene.spoil_config(rank_pattern=value)
+    scene.refuse("adapter_config.json", "rank_pattern", "object")
+
+
+SLOW_PATTERN = "((.*)*)*z"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"rank_pattern": {SLOW_PATTERN: 4}}, {"alpha_pattern": {SLOW_PATTERN: 4}}, {"target_modules": SLOW_PATTERN}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_pattern_that_takes_exponential_time_does_not_hang(scene: Scene, fields: dict[str, Any]) -> None:
+    import subprocess
+
+    scene.spoil_config(**fields)
+    command = [sys.executable, "-m", "distmerge", "inspect", str(scene.adapter)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=8, env=environment(), check=False)
+    except subprocess.TimeoutExpired:
+        pytest.fail("hangs")
+    assert done.returncode in (0, 3)
+
+
+@pytest.mark.parametrize(
+    "value", ["LOHA", "LOKR", "ADALORA", "VERA", "IA3", "OFT", "PROMPT_TUNING", "lora", "QUX", None, 5, ["LORA"]]
+)
+def test_another_peft_type_is_refused(scene: Scene, value: Any) -> None:
+    scene.spoil_config(peft_type=value)
+    scene.refuse("adapter_config.json", "peft_type", repr(value))
+
+
+def test_a_missing_peft_type_is_refused(scene: Scene) -> None:
+    scene.drop_config("peft_type")
+    scene.refuse("adapter_config.json", "peft_type")
+
+
+@pytest.mark.parametrize("field", sorted(_REFUSED))
+@pytest.mark.parametrize("value", [True, ["x"], {"x": 1}], ids=str)
+def test_every_unsupported_field_is_refused_by_name(scene: Scene, field: str, value: Any) -> None:
+    scene.spoil_config(**{field: value})
+    scene.refuse("adapter_config.json", f"{field} is set")
+
+
+@pytest.mark.parametrize("field", sorted(_REFUSED))
+@pytest.mark.parametrize("value", [None, False], ids=str)
+def test_an_unsupported_field_that_is_not_set_is_no_reason_to_refuse(scene: Scene, field: str, value: Any) -> None:
+    scene.spoil_config(**{field: value})
+    distmerge.plan(scene.config())
+
+
+@pytest.mark.parametrize("value", ["all", "lora_only", "lora", True, 1])
+def test_trained_biases_are_refused(scene: Scene, value: Any) -> None:
+    scene.spoil_config(bias=value)
+    scene.refuse("adapter_config.json", "bias", repr(value))
+
+
+@pytest.mark.parametrize(
+    "value", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", ["pissa"], {"a": 1}, 2]
+)
+def test_an_initialisation_that_changed_the_base_is_refused(scene: Scene, value: Any) -> None:
+    scene.spoil_config(init_lora_weights=value)
+    scene.refuse("adapter_config.json", "init_lora_weights", value if isinstance(value, str) else "")
+
+
+@pytest.mark.parametrize("value", [True, 1, 0.5, "x", ["x"], {"x": None}, [[]]])
+def test_an_unknown_field_that_says_something_is_refused_by_name(scene: Scene, value: Any) -> None:
+    scene.spoil_config(super_lora_v9=value)
+    scene.refuse("adapter_config.json", "super_lora_v9")
+
+
+@pytest.mark.parametrize("value", [None, False, [], {}])
+def test_an_unknown_field_that_says_nothing_is_no_reason_to_refuse(scene: Scene, value: Any) -> None:
+    scene.spoil_config(super_lora_v9=value)
+    distmerge.plan(scene.config())
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
+@pytest.mark.parametrize("value", [5, True, {"a": 1}, ["a", 5], [None]])
+def test_module_lists_must_be_names(scene: Scene, field: str, value: Any) -> None:
+    scene.spoil_config(**{field: value})
+    scene.refuse("adapter_config.json", field)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_a_module_expression_must_be_one(scene: Scene, field: str) -> None:
+    scene.spoil_config(**{field: "*("})
+    scene.refuse("adapter_config.json", field, "*(")
+
+
+def test_every_item_of_layers_pattern_must_be_an_expression(scene: Scene) -> None:
+    scene.spoil_config(layers_pattern=["("], layers_to_transform=[0], target_modules=["q_proj"])
+    scene.refuse("adapter_config.json", "layers_pattern")
+
+
+@pytest.mark.parametrize("value", ["0", 1.5, ["0"], [True], {"a": 1}, [[0]]])
+def test_layers_to_transform_must_be_numbers(scene: Scene, value: Any) -> None:
+    scene.spoil_config(layers_to_transform=value)
+    scene.refuse("adapter_config.json", "layers_to_transform")
+
+
+@pytest.mark.parametrize("value", ["yes", 2, [True], {"a": 1}])
+def test_use_rslora_must_be_true_or_false(scene: Scene, value: Any) -> None:
+    scene.spoil_config(use_rslora=value)
+    scene.refuse("adapter_config.json", "use_rslora", repr(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "JSON"),
+        (b"[]", "object"),
+        (b"null", "object"),
+        (b'"LORA"', "object"),
+        (b'{"peft_type": "LORA", "r": 4', "JSON"),
+        (b'{"r": 4, "r": 8}', "twice"),
+        (b'{"a": {"b": 1, "b": 1}}', "twice"),
+        (b'\xef\xbb\xbf{"r": 4}', "JSON"),
+        ('{"r": 4}'.encode("utf-16"), "UTF-8"),
+        (b'{"r": "\xff"}', "UTF-8"),
+        (b"[" * 200_000, "deep"),
+        (b'{"a":' * 200_000, "deep"),
+        (b'{"r": ' + b"9" * 10_000 + b"}", "JSON"),
+        (b"\x00" * 100, "JSON"),
+    ],
+)
+def test_a_configuration_that_is_no_plain_json_object_is_refused(scene: Scene, text: bytes, words: str) -> None:
+    (scene.adapter / "adapter_config.json").write_bytes(text)
+    scene.refuse("adapter_config.json", words)
+
+
+@pytest.mark.parametrize("depth", [200, 500, 900])
+@pytest.mark.parametrize("field", ["base_model_name_or_path", "init_lora_weights", "lora_alpha", "super_lora_v9"])
+def test_a_deeply_nested_field_is_refused_or_harmless(scene: Scene, field: str, depth: int) -> None:
+    path = scene.adapter / "adapter_config.json"
+    values = json.dumps({**json.loads(path.read_text()), field: "HERE"})
+    path.write_text(values.replace('"HERE"', "[" * depth + "]" * depth))
+    error = failure(scene.merge)
+    assert error is None or (error.exit_code == 3 and "adapter_config.json" in str(error))
+
+
+def test_a_missing_configuration_is_refused(scene: Scene) -> None:
+    (scene.adapter / "adapter_config.json").unlink()
+    scene.refuse("adapter_config.json is missing", scene.adapter)
+
+
+def test_fields_of_enormous_length_give_short_messages(scene: Scene) -> None:
+    for field in ("peft_type", "bias", "lora_alpha", "r", "use_rslora", "init_lora_weights"):
+        before = (scene.adapter / "adapter_config.json").read_text()
+        scene.spoil_config(**{field: "x" * 100_000})
+        scene.refuse(field)
+        (scene.adapter / "adapter_config.json").write_text(before)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\x1b[31mred", "x" * 100_000, "a\nb: c", "---\nevil: true"])
+def test_no_name_of_a_base_model_stops_or_colours_a_merge(scene: Scene, name: str) -> None:
+    scene.spoil_config(base_model_name_or_path=name)
+    scene.merge()
+    card = (scene.output / "README.md").read_text()
+    assert "\x1b" not in card
+    assert "evil" not in card
+
+
+def test_a_lora_alpha_option_outranks_the_configuration(scene: Scene) -> None:
+    scene.merge(output=scene.folder / "six")
+    scene.spoil_config(lora_alpha=60)
+    scene.merge(output=scene.folder / "rescued", lora_alpha=6.0)
+    for path in (scene.folder / "six").glob("*.safetensors"):
+        assert path.read_bytes() == (scene.folder / "rescued" / path.name).read_bytes()
+
+
+def test_gpt2_is_refused(scene: Scene) -> None:
+    from tests.factories import edit_json
+
+    edit_json(scene.base / "config.json", model_type="gpt2")
+    scene.refuse("gpt2", "Conv1D", scene.base)
+
+
+def test_nothing_of_the_configuration_is_imported_or_run(scene: Scene) -> None:
+    marker = scene.folder / "evil"
+    (scene.adapter / "evil_module.py").write_text(f"open({str(marker)!r}, 'w')")
+    (scene.base / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w')")
+    scene.spoil_config(
+        megatron_core="evil_module", auto_mapping={"base_model_class": "X", "parent_library": "evil_module"}
+    )
+    from tests.factories import edit_json
+
+    edit_json(scene.base / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.X"})
+    scene.merge()
+    assert not marker.exists()
+    assert not (scene.output / "evil_module.py").exists()

@@ -1,0 +1,189 @@
+"""Interrupted merges: what is finished is kept, what is damaged is done again, the bytes are the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from distmerge.config import AdapterChoice, MergeConfig
+from distmerge.errors import InputError, Interrupted
+from distmerge.plan import Plan, make_plan
+from distmerge.stream import Stream
+from distmerge.work import ShardRecord, WorkFolder
+from tests.conftest import tree
+from tests.factories import edit_json, merge
+
+
+class Halfway:
+    """A merge of `adapter` into `base` that stopped after its first `count` segments, as a killed process leaves it."""
+
+    def __init__(self, base: Path, adapter: Path, output: Path, *, count: int) -> None:
+        self.output, self.work = output, WorkFolder(output)
+        config = MergeConfig(base=base, adapters=(AdapterChoice(folder=adapter),), output=output, device="cpu")
+        self.plan = make_plan(config, "cpu")
+        self.work.open(self.plan)
+        with stream_of(self.plan, base, adapter, self.work) as stream:
+            for number in range(count):
+                self.work.note(self.plan, segment=stream.run(number, lambda: None))
+        self.work.release()
+
+    def part(self, segment: int) -> Path:
+        return self.work.model / f"{self.plan.files[self.plan.segments[segment].file].name}.part"
+
+
+class stream_of:
+    def __init__(self, plan: Plan, base: Path, adapter: Path, work: WorkFolder) -> None:
+        opener = lambda number: work.open_file(plan, number)  # noqa: E731
+        self.stream = Stream(plan, base, (adapter,), opener, device=torch.device("cpu"), num_lanes=2)
+
+    def __enter__(self) -> Stream:
+        return self.stream
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+
+@pytest.fixture(params=["base", "packed_base"])
+def halfway(request: pytest.FixtureRequest, adapter: Path, tmp_path: Path) -> tuple[Halfway, Path, Path]:
+    base = request.getfixturevalue(request.param)
+    expected = request.getfixturevalue({"base": "merged", "packed_base": "merged_nf4"}[request.param])
+    return Halfway(base, adapter, tmp_path / "out", count=1), base, expected
+
+
+def test_the_journal_gives_back_what_was_noted(base: Path, adapter: Path, tmp_path: Path) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=3)
+    shard = ShardRecord(file=0, nbytes=5, sha256="ab")
+    half.work.note(half.plan, shard=shard)
+    done = WorkFolder(half.output).done(half.plan)
+    assert sorted(done.segments) == [0, 1, 2]
+    assert done.shards == {0: shard}
+    with stream_of(half.plan, base, adapter, half.work) as stream:
+        again = [stream.run(number, lambda: None) for number in range(3)]
+        assert [done.segments[number] for number in range(3)] == again, "a segment's record depends on it alone"
+        assert all(stream.check(record, lambda: None) for record in again)
+
+
+def test_torn_and_foreign_lines_of_a_journal_count_for_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=2)
+    journal = next((half.work.path / "done").glob("*.jsonl"))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    foreign = json.dumps({**json.loads(lines[1]), "plan": "0" * 64}).encode() + b"\n"
+    strange = b'[1]\n{"plan": 3}\n\xff\xfe\nnull\n{"plan": "x", "segment": []}\n' + b"[" * 100_000 + b"\n"
+    wrong = [{"segment": {"segment": 0}}, {"segment": {**json.loads(lines[0])["segment"], "pieces": 5}}, {"shard": []}]
+    odd = b"".join(json.dumps({"plan": half.plan.digest, **entry}).encode() + b"\n" for entry in wrong)
+    journal.write_bytes(lines[0] + foreign + strange + odd + lines[1][: len(lines[1]) // 2])
+    assert sorted(half.work.done(half.plan).segments) == [0]
+
+
+def test_a_resumed_merge_keeps_what_is_finished_and_gives_equal_bytes(
+    halfway: tuple[Halfway, Path, Path], adapter: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    half, base, expected = halfway
+    written = half.part(0).stat().st_ino
+    merge(base, adapter, half.output)
+    assert tree(half.output) == tree(expected)
+    assert f"resumed  1 of {len(half.plan.segments)} segments" in capfd.readouterr().err
+    assert (half.output / half.part(0).name.removesuffix(".part")).stat().st_ino == written
+    assert not half.work.path.exists()
+
+
+def test_a_staged_segment_with_a_flipped_bit_is_done_again(
+    halfway: tuple[Halfway, Path, Path], adapter: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    half, base, expected = halfway
+    content = bytearray(half.part(0).read_bytes())
+    content[half.plan.files[0].data_begin + 77] ^= 4
+    half.part(0).write_bytes(content)
+    merge(base, adapter, half.output)
+    assert tree(half.output) == tree(expected)
+    assert "resumed" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["header", "shorter", "longer", "gone", "no manifest"])
+def test_a_damaged_work_folder_is_repaired(harm: str, base: Path, adapter: Path, merged: Path, tmp_path: Path) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=2)
+    part, content = half.part(0), half.part(0).read_bytes()
+    if harm == "gone":
+        part.unlink()
+    elif harm == "no manifest":
+        (half.work.path / "manifest.json").unlink()
+    else:
+        part.write_bytes({"header": b"\0" * 64 + content[64:], "shorter": content[:500], "longer": content * 2}[harm])
+    merge(base, adapter, half.output)
+    assert tree(half.output) == tree(merged)
+
+
+def test_a_merge_that_stopped_at_any_segment_is_finished(
+    base: Path, adapter: Path, merged: Path, tmp_path: Path
+) -> None:
+    total = len(Halfway(base, adapter, tmp_path / "0", count=0).plan.segments)
+    assert total > 3
+    for count in range(total + 1):
+        half = Halfway(base, adapter, tmp_path / f"out{count}", count=count)
+        merge(base, adapter, half.output)
+        assert tree(half.output) == tree(merged), count
+
+
+def test_a_stop_inside_a_segment_leaves_no_record_of_it(base: Path, adapter: Path, tmp_path: Path) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=1)
+
+    def stop() -> None:
+        raise Interrupted("stopped by a signal")
+
+    with stream_of(half.plan, base, adapter, half.work) as stream, pytest.raises(Interrupted):
+        half.work.note(half.plan, segment=stream.run(1, stop))
+    assert sorted(half.work.done(half.plan).segments) == [0]
+
+
+@pytest.mark.parametrize("option", [("dtype", "float32"), ("max_shard_size", 1000), ("lora_alpha", 1.0)], ids=str)
+def test_other_options_are_refused_by_name_and_the_work_is_kept(
+    option: tuple[str, object], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=2)
+    with pytest.raises(InputError, match="--" + option[0].replace("_", "-")):
+        merge(base, adapter, half.output, **dict([option]))
+    assert sorted(half.work.done(half.plan).segments) == [0, 1]
+
+
+def test_after_a_refusal_the_right_command_resumes_in_the_same_process(
+    base: Path, adapter: Path, merged: Path, tmp_path: Path
+) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=2)
+    with pytest.raises(InputError, match="--dtype"):
+        merge(base, adapter, half.output, dtype="float32")
+    merge(base, adapter, half.output)
+    assert tree(half.output) == tree(merged)
+
+
+@pytest.mark.parametrize("changed", ["base", "adapter", "weight", "side file"])
+def test_other_inputs_are_refused(changed: str, base: Path, adapter: Path, other_adapter: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(base, tmp_path / "base"))
+    half = Halfway(copied, adapter, tmp_path / "out", count=1)
+    weighted = [(other_adapter if changed == "adapter" else adapter, 0.5 if changed == "weight" else 1.0)]
+    if changed == "base":
+        path = max(copied.glob("*.safetensors"))
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    if changed == "side file":
+        edit_json(copied / "generation_config.json", temperature=0.5)
+    with pytest.raises(InputError, match="holds an unfinished merge of other inputs or options"):
+        merge(copied, weighted, half.output)
+    assert not half.output.exists()
+
+
+@pytest.mark.parametrize("plan", [{}, [], None, {"tasks": 5}, {"fingerprint": []}, {"files": [{}]}], ids=str)
+def test_a_manifest_that_is_damaged_is_refused_and_not_a_crash(
+    plan: object, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=1)
+    path = half.work.path / "manifest.json"
+    whole = json.loads(path.read_text())
+    plan = {**whole["plan"], **plan} if isinstance(plan, dict) and plan else plan
+    path.write_text(json.dumps({**whole, "plan": plan}))
+    with pytest.raises(InputError, match="holds an unfinished merge"):
+        merge(base, adapter, half.output)

@@ -1,0 +1,141 @@
+"""The layout: every element of every tensor in exactly one place, decided from shapes alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distmerge.checkpoint.header import ITEMSIZE, build_header, parse_header
+from distmerge.layout import BLOCK_NUMEL, Task, cut_segments, pack_shards, place
+from tests.factories import plan_of, wanted
+
+DTYPES = st.sampled_from(["BF16", "F16", "F32"])
+DIM = st.one_of(st.integers(1, 40), st.integers(1000, 5000), st.sampled_from([BLOCK_NUMEL, BLOCK_NUMEL + 1]))
+MATRIX = st.tuples(DIM, DIM).filter(lambda shape: shape[0] * shape[1] < 1 << 31)
+VECTOR = st.one_of(st.just(()), st.tuples(st.integers(0, 3_000_000)), st.tuples(DIM, st.just(0)))
+TENSOR = st.one_of(
+    st.tuples(MATRIX, DTYPES, st.integers(1, 8)),
+    st.tuples(st.one_of(MATRIX, VECTOR), st.sampled_from(["F64", "BF16", "F32", "U8", "I64", "BOOL"]), st.just(0)),
+)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> list[Any]:
+    tensors = draw(st.lists(TENSOR, min_size=1, max_size=12))
+    return [wanted(f"t{i}", shape, dtype, r=r) for i, (shape, dtype, r) in enumerate(tensors)]
+
+
+@st.composite
+def sharded(draw: st.DrawFn) -> dict[str, list[Any]]:
+    return pack_shards(draw(models()), draw(st.sampled_from([1, 10**6, 10**8, 10**12])))
+
+
+def task_of(tensor: Any) -> Task:
+    return place({"f": [tensor]})[1][0]
+
+
+@given(TENSOR)
+def test_every_element_lies_in_exactly_one_block(tensor: tuple[tuple[int, ...], str, int]) -> None:
+    task = task_of(wanted("t", tensor[0], tensor[1], r=tensor[2]))
+    blocks = [task.block(number) for number in range(min(task.num_blocks, 5000))]
+    assert all(last == first for (_, last), (first, _) in pairwise(blocks))
+    assert all(0 < last - first <= BLOCK_NUMEL for first, last in blocks)
+    assert (blocks[0][0] if blocks else 0) == 0
+    assert (task.block(task.num_blocks - 1)[1] if blocks else 0) == task.source.numel
+
+
+@given(MATRIX)
+def test_a_block_of_a_merged_tensor_is_whole_rows_or_a_part_of_one_row(shape: tuple[int, int]) -> None:
+    task = task_of(wanted("t", shape, r=2))
+    for number in range(min(task.num_blocks, 2000)):
+        first, last = task.block(number)
+        whole_rows = first % shape[1] == 0 and last % shape[1] == 0
+        assert whole_rows or first // shape[1] == (last - 1) // shape[1]
+
+
+@given(sharded())
+def test_every_block_of_every_task_lies_in_exactly_one_segment(shards: dict[str, list[Any]]) -> None:
+    plan = plan_of(shards)
+    pieces = [piece for segment in plan.segments for piece in segment.pieces]
+    for number, task in enumerate(plan.tasks):
+        mine = [piece for piece in pieces if piece.task == number]
+        assert mine, "even an empty tensor is in a segment"
+        assert (mine[0].first, mine[-1].last) == (0, task.num_blocks)
+        assert all(one.last == other.first for one, other in pairwise(mine))
+
+
+@given(sharded())
+def test_a_segment_lies_in_one_file_and_knows_its_bytes(shards: dict[str, list[Any]]) -> None:
+    plan = plan_of(shards)
+    for segment in plan.segments:
+        tasks = [plan.tasks[piece.task] for piece in segment.pieces]
+        assert {task.file for task in tasks} == {segment.file}
+        elements = [
+            t.block(p.last - 1)[1] - t.block(p.first)[0] if p.last else 0
+            for p, t in zip(segment.pieces, tasks, strict=True)
+        ]
+        assert segment.nbytes == sum(n * ITEMSIZE[t.dtype] for n, t in zip(elements, tasks, strict=True))
+    assert [segment.file for segment in plan.segments] == sorted(segment.file for segment in plan.segments)
+
+
+@given(sharded())
+def test_segments_are_at_most_a_block_larger_than_wanted(shards: dict[str, list[Any]]) -> None:
+    plan = plan_of(shards)
+    largest_block = BLOCK_NUMEL * max(ITEMSIZE[task.dtype] for task in plan.tasks)
+    assert all(segment.nbytes <= (128 << 20) + largest_block for segment in plan.segments)
+    # A long tensor is cut: one file must be able to keep many ranks busy.
+    total = sum(task.nbytes for task in plan.tasks)
+    assert len(plan.segments) >= min(total // ((128 << 20) + largest_block), 1)
+
+
+@given(sharded())
+def test_segments_depend_on_the_tasks_alone(shards: dict[str, list[Any]]) -> None:
+    renamed = {f"other-{name}": shard for name, shard in shards.items()}
+    assert plan_of(renamed).segments == plan_of(shards).segments == cut_segments(plan_of(shards).tasks)
+
+
+@given(models(), st.integers(1, 10**10))
+def test_packing_puts_each_tensor_in_one_file_in_the_order_given(tensors: list[Any], limit: int) -> None:
+    shards = pack_shards(tensors, limit)
+    assert [tensor for shard in shards.values() for tensor in shard] == tensors
+    assert list(shards) == sorted(shards)
+    assert all(shards.values())
+
+
+@given(models(), st.integers(1, 10**10))
+def test_only_a_file_of_a_single_tensor_exceeds_the_limit(tensors: list[Any], limit: int) -> None:
+    shards = list(pack_shards(tensors, limit).values())
+    used = [sum(tensor.nbytes for tensor in shard) for shard in shards]
+    assert all(nbytes <= limit or len(shard) == 1 for shard, nbytes in zip(shards, used, strict=True))
+    # Greedy: a file is closed only because its next tensor would not have fitted.
+    assert all(nbytes + after[0].nbytes > limit for nbytes, after in zip(used, shards[1:], strict=False))
+
+
+def test_files_are_named_as_loaders_expect() -> None:
+    tensors = [wanted(f"t{i}", (10,)) for i in range(3)]
+    assert list(pack_shards(tensors, 100)) == ["model.safetensors"]
+    assert list(pack_shards(tensors, 40)) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@given(sharded())
+def test_tensors_are_aligned_and_cover_their_file_without_overlap(shards: dict[str, list[Any]]) -> None:
+    files, tasks = place(shards)
+    for number, file in enumerate(files):
+        mine = sorted((task for task in tasks if task.file == number), key=lambda task: (task.begin, task.nbytes))
+        assert all((task.begin - file.data_begin) % ITEMSIZE[task.dtype] == 0 for task in mine)
+        assert all(one.begin + one.nbytes == other.begin for one, other in pairwise(mine))
+        assert (mine[0].begin, mine[-1].begin + mine[-1].nbytes) == (file.data_begin, file.nbytes)
+
+
+@given(sharded())
+def test_a_planned_header_is_what_a_reader_finds(shards: dict[str, list[Any]]) -> None:
+    plan = plan_of(shards)
+    for number, file in enumerate(plan.files):
+        raw = plan.header_of(number)
+        assert len(raw) == file.data_begin
+        found = parse_header(raw[8:], file.nbytes - file.data_begin, where="w", file=file.name)
+        assert {(t.name, t.begin) for t in found.tensors} == {(t.name, t.begin) for t in plan.tasks_of(number)}
+        assert raw == build_header([(t.name, t.dtype, t.source.shape) for t in plan.tasks_of(number)])

@@ -1,0 +1,141 @@
+"""Records as JSON: what goes in comes out equal, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distmerge.config import AdapterChoice, MergeConfig
+from distmerge.plan import Plan, make_plan
+from distmerge.share import Records
+from distmerge.storage.records import decode, encode
+from distmerge.stream import PieceRecord, SegmentRecord
+from distmerge.work import ShardRecord
+
+COUNT = st.integers(0, 1 << 62)
+NUMBER = st.floats(min_value=0, allow_infinity=False)
+PIECE = st.builds(
+    PieceRecord,
+    task=COUNT,
+    numel=COUNT,
+    num_deltas=COUNT,
+    applied_squared=NUMBER,
+    delta_norms=st.lists(NUMBER, max_size=3).map(tuple),
+)
+SEGMENT = st.builds(SegmentRecord, segment=COUNT, crc32=COUNT, pieces=st.lists(PIECE, max_size=4).map(tuple))
+SHARD = st.builds(ShardRecord, file=COUNT, nbytes=COUNT, sha256=st.text())
+RECORDS = st.builds(
+    Records,
+    segments=st.lists(SEGMENT, max_size=3).map(tuple),
+    shards=st.lists(SHARD, max_size=3).map(tuple),
+    num_kept=COUNT,
+)
+PIECE_JSON = {"task": 1, "numel": 2, "num_deltas": 0, "applied_squared": 0.5, "delta_norms": [1.0]}
+
+
+@given(RECORDS)
+def test_the_records_of_a_rank_come_back_equal(records: Records) -> None:
+    assert Records.from_json(records.to_json()) == records
+
+
+@pytest.mark.parametrize("which", ["base", "packed_base"])
+def test_a_plan_comes_back_equal_with_the_same_digest(
+    which: str, adapter: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(which)
+    config = MergeConfig(base=folder, adapters=(AdapterChoice(folder=adapter),), output=tmp_path / "out")
+    plan = make_plan(config, "cpu")
+    again = decode(Plan, json.loads(encode(plan)))
+    assert again == plan
+    assert again.digest == plan.digest
+
+
+def test_equal_values_have_equal_text_whatever_the_order_of_their_keys() -> None:
+    assert encode({"b": 1, "a": (2, 3)}) == encode({"a": [2, 3], "b": 1}) == '{"a":[2,3],"b":1}'
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": "1"},
+        {"task": True},
+        {"task": 1.0},
+        {"task": None},
+        {"applied_squared": "0.5"},
+        {"applied_squared": None},
+        {"delta_norms": [None]},
+        {"delta_norms": ["x"]},
+        {"delta_norms": 5},
+        {"delta_norms": None},
+        {"delta_norms": {}},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_a_record_with_a_field_that_does_not_fit_is_refused(change: dict[str, Any]) -> None:
+    decode(PieceRecord, PIECE_JSON)
+    with pytest.raises(ValueError):  # noqa: PT011 - what matters is the type that journals and manifests expect
+        decode(PieceRecord, {**PIECE_JSON, **change})
+
+
+@pytest.mark.parametrize("field", sorted(PIECE_JSON))
+def test_a_record_that_lacks_a_field_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match="not a PieceRecord"):
+        decode(PieceRecord, {key: value for key, value in PIECE_JSON.items() if key != field})
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [], [1]])
+def test_what_is_no_object_is_no_record(value: object) -> None:
+    with pytest.raises(ValueError, match="not a SegmentRecord"):
+        decode(SegmentRecord, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Every kind of field that a plan may have."""
+
+    names: tuple[str, ...]
+    pair: tuple[int, str]
+    marks: dict[str, str]
+    maybe: ShardRecord | None
+    kind: Literal["copy", "merge"]
+
+
+SAMPLE = {"names": ["a"], "pair": [1, "x"], "marks": {"k": "v"}, "maybe": None, "kind": "copy"}
+
+
+def test_every_kind_of_field_comes_back_equal() -> None:
+    shard = ShardRecord(file=1, nbytes=2, sha256="ab")
+    for maybe in (None, shard):
+        sample = Sample(names=("a", "b"), pair=(1, "x"), marks={"k": "v"}, maybe=maybe, kind="merge")
+        assert decode(Sample, json.loads(encode(sample))) == sample
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": "ab"},
+        {"names": {"a": 1}},
+        {"names": 5},
+        {"pair": [1]},
+        {"pair": [1, "x", "y"]},
+        {"marks": []},
+        {"marks": {"k": 1}},
+        {"marks": None},
+        {"maybe": 1},
+        {"maybe": {"file": 1}},
+        {"kind": "move"},
+        {"kind": []},
+    ],
+    ids=str,
+)
+def test_a_value_of_another_shape_is_refused(change: dict[str, Any]) -> None:
+    decode(Sample, SAMPLE)
+    with pytest.raises(ValueError):  # noqa: PT011 - see above
+        decode(Sample, {**SAMPLE, **change})
