@@ -15,6 +15,7 @@ import click
 from distmerge import __version__
 from distmerge.config import DTYPES, LISTS, AdapterChoice, MergeConfig, parse_nbytes, read_recipe
 from distmerge.errors import DistmergeError, MachineError, PeerFailed, UsageError
+from distmerge.parent import die_with_parent, launched
 
 if TYPE_CHECKING:
     from distmerge.audit import Audit
@@ -296,6 +297,8 @@ def _open_streams() -> None:
 def main() -> None:
     """Runs the command line and exits with the code of what happened."""
     _open_streams()
+    if launched():
+        die_with_parent()  # before the seconds that importing torch takes
     quiet = os.environ.get("RANK", "0") != "0"
     try:
         cli.main(standalone_mode=False)

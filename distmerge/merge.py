@@ -10,6 +10,7 @@ from pathlib import Path
 from distmerge.claim import claims
 from distmerge.config import MergeConfig
 from distmerge.errors import Interrupted, PeerFailed, VerifyError
+from distmerge.parent import launched
 from distmerge.plan import Plan, make_plan
 from distmerge.progress import Display, Snapshot, clock, gigabytes
 from distmerge.publish import check_output, is_published, publish
@@ -17,7 +18,7 @@ from distmerge.receipt import read_receipt
 from distmerge.share import Records, Share
 from distmerge.verify import check_headers, check_records
 from distmerge.work import WorkFolder
-from distmerge.world import World, default_nproc, launch, launched, launched_here
+from distmerge.world import World, default_nproc, launch, launched_here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +84,12 @@ def _run_rank(config: MergeConfig) -> None:
         with world.interruptible():
             merge(config, world, display)
     except BaseException as error:
-        if not world.fail(error) or (isinstance(error, Interrupted) and launched_here()):
-            raise PeerFailed("another rank has failed", exit_code=getattr(error, "exit_code", 1)) from error
-        exit_code = getattr(error, "exit_code", 1)
-        WorkFolder(config.output).write_status({"state": "failed", "exit_code": exit_code, "error": str(error)})
+        speaks, exit_code = world.fail(error), getattr(error, "exit_code", 1)
+        # Every rank writes it: rank 0 showed progress there until it noticed.
+        status = {"state": "failed", "exit_code": exit_code, "error": world.failure() or str(error)}
+        WorkFolder(config.output).write_status(status)
+        if not speaks or (isinstance(error, Interrupted) and launched_here()):
+            raise PeerFailed("another rank has failed", exit_code=exit_code) from error
         raise
     finally:
         world.leave()

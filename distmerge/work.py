@@ -86,11 +86,10 @@ class WorkFolder:
         """
         with io_errors(self.path):
             _check_foreign(self.path)
-        fresh = not self.path.exists()
         with io_errors(self.path):
             self._check_room(plan)
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(exist_ok=True)
+            fresh = _made(self.path)
         try:
             self._take_lock()
             self._agree(plan)
@@ -102,9 +101,9 @@ class WorkFolder:
             fsync_dir(self.model)
             fsync_dir(self.path)
         except BaseException:
-            self.release()
             if fresh:
                 self.discard()
+            self.release()
             raise
         return plan.digest
 
@@ -187,7 +186,7 @@ class WorkFolder:
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Replaces status.json; a reader never sees a part of it. Not durable, and never a reason to fail."""
-        temporary = self.path / ".status.tmp"
+        temporary = self.path / f".status.{os.getpid()}.tmp"
         with contextlib.suppress(OSError):
             if not (self.path / _MANIFEST).exists():  # somebody else's folder
                 return
@@ -216,23 +215,33 @@ class WorkFolder:
 
     def discard(self) -> None:
         """Removes the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)  # under the lock: nobody can have made it anew
         self.release()
-        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # NFS keeps the name of an open file until now
+            self.path.rmdir()
 
     # -- inner steps
 
     def _take_lock(self) -> None:
         # Only a courtesy: two launches of one merge write equal bytes to equal places, and one rename publishes.
         with io_errors(self.path):
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            path = self.path / ".lock"
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     return  # a file system without locks
+            else:
+                if path.exists() and os.path.samestat(os.fstat(self._lock), path.stat()):
+                    return
+                raise InputError(
+                    "another merge into this output has just ended",
+                    where=str(self.path),
+                    hint="run the same command again: it finds the result, or resumes",
+                )
             if time.monotonic() > deadline:
                 raise InputError(
                     "another merge into this output is running",
@@ -295,11 +304,22 @@ def _check_foreign(path: Path) -> None:
     """Raises InputError if what is at `path` is anything but a work folder."""
     if not path.exists() and not path.is_symlink():
         return
-    ours = {".lock", "model", "done", "status.json", "events.jsonl", "replaced", ".status.tmp", _MANIFEST}
+    ours = {".lock", "model", "done", "status.json", "events.jsonl", "replaced", _MANIFEST}
     if path.is_symlink() or not path.is_dir():
         raise InputError("is there and is no work folder of distmerge", where=str(path), hint="move it away")
-    if any(entry.name not in ours and not entry.name.startswith(f".{_MANIFEST}") for entry in path.iterdir()):
+    if any(
+        entry.name not in ours and not entry.name.startswith((f".{_MANIFEST}", ".status.")) for entry in path.iterdir()
+    ):
         raise InputError("holds files that are not of distmerge", where=str(path), hint="move it away")
+
+
+def _made(path: Path) -> bool:
+    """Makes the folder; False if it is there already."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def room_needed(plan: Plan) -> int:

@@ -8,7 +8,6 @@ cross ranks. What the store says is checked against the manifest on disk by thos
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
 from distmerge.errors import DistmergeError, Interrupted, MachineError, PeerFailed, UsageError
+from distmerge.parent import die_with_parent, launched
 
 _VALUE_NBYTES = 4 << 20  # the store drops a client that sends more than 8 MiB at once
 _POLL_SECONDS = 0.02
@@ -37,7 +37,6 @@ _BEAT_SECONDS = 1.0
 _GOODBYE_SECONDS = 30.0
 _PARTING_SECONDS = 2.0  # after a failure: enough for the others to notice it and end without words
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1
 _RUN_PREFIX = "distmerge-"
 
 
@@ -53,11 +52,6 @@ class Place:
     @property
     def num_nodes(self) -> int:
         return -(-self.size // self.local_size)
-
-
-def launched() -> bool:
-    """True in a process that torchrun, or another launcher with its variables, has started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def launched_here() -> bool:
@@ -173,6 +167,13 @@ class World:
             return True
         return bool(json.loads(won)["rank"] == self.place.rank)
 
+    def failure(self) -> str:
+        """What the first rank to fail has said; empty if the store does not tell."""
+        with contextlib.suppress(DistError, RuntimeError, ValueError):
+            if self._store.check(["failure"]):
+                return str(json.loads(self._store.get("failure"))["what"])
+        return ""
+
     def leave(self) -> None:
         """Ends this rank's part. Ranks wait for each other, since the store dies with its host."""
         self._over.set()
@@ -284,13 +285,6 @@ class World:
                     where=f"rank {rank} on {host}",
                     hint="the same command resumes; --timeout sets how long to wait",
                 )
-
-
-def die_with_parent() -> None:
-    """Asks the kernel for a SIGTERM when the launcher dies, so that no rank outlives it (Linux)."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def device_type(wanted: str) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import distmerge
+from distmerge import AdapterChoice, MergeConfig
+from distmerge.plan import Plan
 from tests import factories
 from tests.conftest import digests, environment, tree
-
-NUM_SEGMENTS = 15  # 3 files of 86 MB, one tensor or half of one a segment
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Undisturbed:
 
     base: Path
     adapter: Path
-    output: Path
     files: dict[str, str]
     weights: dict[str, str]
+    plan: Plan
 
     @property
     def args(self) -> tuple[object, ...]:
@@ -39,4 +40,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     output = folder / "merged"
     merge = ["merge", "--base", str(base), "--adapter", str(adapter), "--output", str(output), "--nproc", "1"]
     subprocess.run([sys.executable, "-m", "distmerge", *merge], check=True, timeout=240, env=environment())
-    return Undisturbed(base=base, adapter=adapter, output=output, files=tree(output), weights=digests(output))
+    plan = distmerge.plan(
+        MergeConfig(base=base, adapters=(AdapterChoice(folder=adapter),), output=folder / "elsewhere", device="cpu")
+    )
+    return Undisturbed(
+        base=base,
+        adapter=adapter,
+        files=tree(output),
+        weights=digests(output),
+        plan=plan,
+    )

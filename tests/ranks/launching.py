@@ -28,12 +28,15 @@ class Launch:
         self.output = output
         self.work = output.with_name(f"{output.name}.distmerge")
         self._log = log
+        self._words = ""
         self._seen: dict[int, psutil.Process] = {}
 
     @property
     def stderr(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
+        if not self._log.closed:
+            self._log.seek(0)
+            self._words = self._log.read()
+        return self._words
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The live processes of this launch that have a RANK, by rank."""
@@ -76,6 +79,7 @@ class Launch:
                 process.kill()
         self.process.wait(timeout=30)
         self.survivors(30)
+        _ = self.stderr
 
 
 @contextlib.contextmanager

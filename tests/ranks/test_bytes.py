@@ -1,0 +1,64 @@
+"""Law 1: the bytes of the output do not depend on the number of ranks, on the budget, or on who starts the ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import factories
+from tests.conftest import Command, tree
+from tests.ranks.conftest import Undisturbed
+from tests.ranks.launching import launch
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.mark.parametrize(
+    ("nproc", "torchrun", "budget"),
+    [(2, None, "2GiB"), (2, (), "128MiB"), (3, (), "2GiB"), (5, (), "128MiB")],
+    ids=["launcher-2", "torchrun-2-small-budget", "torchrun-3", "torchrun-5-small-budget"],
+)
+def test_every_file_is_the_same_for_every_number_of_ranks_and_every_budget(
+    undisturbed: Undisturbed, tmp_path: Path, nproc: int, torchrun: tuple[str, ...] | None, budget: str
+) -> None:
+    output = tmp_path / "merged"
+    with launch(*undisturbed.args, "--memory-budget", budget, output=output, nproc=nproc, torchrun=torchrun) as running:
+        assert running.wait() == 0, running.stderr
+    assert tree(output) == undisturbed.files
+    assert not running.work.exists()
+
+
+def test_one_process_with_the_smallest_budget_gives_the_same_bytes(
+    undisturbed: Undisturbed, distmerge: Command, tmp_path: Path
+) -> None:
+    args = ("merge", *undisturbed.args, "--output", tmp_path / "merged", "--nproc", 1, "--memory-budget")
+    refused = distmerge(*args, "1MiB", code=3)
+    smallest = refused.stderr.split("--memory-budget ")[-1].strip()
+    distmerge(*args, smallest)
+    assert tree(tmp_path / "merged") == undisturbed.files
+
+
+@pytest.mark.parametrize("shard", ["50GB", "20KB"])
+def test_more_ranks_than_segments_or_many_tiny_shards(
+    distmerge: Command, torchrun: Command, adapter: Path, tmp_path: Path, shard: str
+) -> None:
+    base = factories.save_packed_base(tmp_path / "nf4", shard=shard)
+    args = ("merge", "--base", base, "--adapter", adapter, "--max-shard-size", shard.replace("20KB", "60KB"))
+    distmerge(*args, "--output", tmp_path / "one", "--nproc", 1)
+    torchrun(*args, "--output", tmp_path / "three", nproc=3)
+    one = tree(tmp_path / "one")
+    assert tree(tmp_path / "three") == one
+    assert (sum(name.endswith(".safetensors") for name in one) == 1) == (shard == "50GB")
+
+
+def test_a_second_run_of_the_same_command_leaves_the_output_alone(
+    distmerge: Command, torchrun: Command, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "merged"
+    args = ("merge", "--base", base, "--adapter", adapter, "--output", output)
+    distmerge(*args, "--nproc", 1)
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    again = torchrun(*args, nproc=2)
+    assert again.stderr.count("holds the result of this merge already") == 1
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
