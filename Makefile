@@ -11,10 +11,11 @@ demo: $(VENV)/run
 	$(BIN)/distmerge demo
 
 test: $(VENV)/dev
-	$(PYTEST) -m "not real"
+	$(PYTEST) -n auto -m "not ranks and not real"
+	$(PYTEST) -m "ranks and not real"
 
 ranks: $(VENV)/dev
-	$(PYTEST) -m ranks
+	$(PYTEST) -m "ranks and not real"
 
 real: $(VENV)/dev
 	$(PYTEST) -m real
