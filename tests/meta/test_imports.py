@@ -21,7 +21,7 @@ MODULES = {
 # From the bottom up. A module may import what lies below it or beside it.
 LAYERS = [
     ["errors"],
-    ["storage", "config", "progress"],
+    ["storage", "config", "progress", "parent"],
     ["numerics", "checkpoint", "world"],
     ["adapter"],
     ["layout", "plan", "reader", "stream"],
