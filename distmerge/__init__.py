@@ -39,11 +39,13 @@ def plan(config: MergeConfig) -> Plan:
     """The plan of `config`: every output tensor, where it comes from and where it goes. Writes nothing."""
     from distmerge.plan import make_plan  # importing the package must not import torch
     from distmerge.publish import check_output, is_published
+    from distmerge.work import WorkFolder
     from distmerge.world import device_type
 
     check_output(config)
     made = make_plan(config, device_type(config.device))
     is_published(config, made)  # refuses what a merge would refuse
+    WorkFolder(config.output).check(made)
     return made
 
 

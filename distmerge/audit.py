@@ -24,6 +24,7 @@ from distmerge.storage.files import open_input, read_exact, sha256_of
 from distmerge.storage.strict_json import read_object
 
 _FLOAT32_NOISE = 2.0**-24
+_FLOAT32_SMALLEST = 2.0**-149
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +143,7 @@ def _config(receipt: Receipt, output: Path, base: Path, adapters: tuple[AdapterC
         adapters=adapters,
         output=output,
         device="cpu",
+        memory_budget=1 << 62,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         lora_alpha=options.lora_alpha,
@@ -230,7 +232,7 @@ class _Pairs:
                 magnitude += (part_b.abs() @ part_a.abs()).view(-1)
             depth = 3 + len(factors) + sum(len(a) for a, _ in factors)
             stored = self._stored(task, first, last)
-            result = distance(stored, oracle, magnitude * (depth * _FLOAT32_NOISE))
+            result = distance(stored, oracle, depth * (magnitude * _FLOAT32_NOISE + _FLOAT32_SMALLEST))
             if result.num_beyond:
                 raise VerifyError(
                     f"{result.num_beyond} elements near {first} are not base + delta ({result.max_ulp:.3g} ulp off)",
@@ -254,7 +256,8 @@ class _Pairs:
                 same = self._bytes(task, first, last) == expected
             else:
                 base = self._reader.read_dense(self._buffers, task.source, first, last)
-                same = torch.equal(self._stored(task, first, last), base.to(torch_dtype(task.dtype)))
+                cast = base.to(torch_dtype(task.dtype)).view(torch.uint8)  # as bytes, since NaN equals nothing
+                same = torch.equal(torch.frombuffer(self._bytes(task, first, last), dtype=torch.uint8), cast)
             if not same:
                 raise VerifyError(f"elements near {first} are not the base's", where=task.name)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,8 @@ class _Nproc(click.ParamType[int | None]):
 
 def _load_recipe(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
     if value is not None:
-        recipe = read_recipe(value, recipe_types(ctx.command))
+        with _said_by_rank_0():
+            recipe = read_recipe(value, recipe_types(ctx.command))
         for name in LISTS:
             if name in recipe and not isinstance(recipe[name], list):
                 recipe[name] = [recipe[name]]
@@ -130,7 +132,23 @@ def _merge_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+@contextlib.contextmanager
+def _said_by_rank_0() -> Iterator[None]:
+    """What every rank finds wrong with the command line, one rank says."""
+    try:
+        yield
+    except UsageError:
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(UsageError.exit_code)
+        raise
+
+
 def _config(values: dict[str, Any]) -> MergeConfig:
+    with _said_by_rank_0():
+        return _checked_config(values)
+
+
+def _checked_config(values: dict[str, Any]) -> MergeConfig:
     adapters, weights = values.pop("adapter"), values.pop("weight")
     if weights and len(weights) != len(adapters):
         raise UsageError(
@@ -163,13 +181,12 @@ def merge_command(as_json: bool, **values: Any) -> None:
       torchrun --nproc-per-node 8 -m distmerge merge --config recipe.yaml
     """
     config = _config(values)
-    from distmerge.merge import run, summary  # torch takes seconds
+    from distmerge.merge import run  # torch takes seconds
     from distmerge.world import launched_here
 
     result = run(config)
     if os.environ.get("RANK", "0") != "0" or launched_here():
         return
-    click.echo(summary(result), err=True)
     if as_json:
         _print(json.dumps({**asdict(result), "output": str(result.output)}))
 
@@ -311,10 +328,6 @@ def main() -> None:
         code = 2
     except PeerFailed as error:
         code = error.exit_code
-    except UsageError as error:
-        if not quiet:
-            click.echo(f"error: {error}", err=True)
-        code = 2
     except DistmergeError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code

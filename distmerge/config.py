@@ -66,8 +66,8 @@ class MergeConfig:
             raise UsageError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.nproc is not None and self.nproc < 1:
             raise UsageError(f"nproc {self.nproc} is not a positive number")
-        if not 0 < self.timeout < math.inf:
-            raise UsageError(f"timeout {self.timeout} is not a positive number of seconds")
+        if not 5 <= self.timeout < math.inf:
+            raise UsageError(f"timeout {self.timeout} is not a number of seconds from 5 on")
         for name, nbytes in (("memory-budget", self.memory_budget), ("max-shard-size", self.max_shard_size)):
             if nbytes is not None and not 0 < nbytes < 1 << 63:
                 raise UsageError(f"{name} {nbytes} is not a size")

@@ -71,6 +71,11 @@ class Task:
         step = BLOCK_NUMEL // self.row_numel * self.row_numel
         return number * step, min((number + 1) * step, self.source.numel)
 
+    def block_nbytes(self, number: int) -> int:
+        """Bytes of block `number` in the output."""
+        first, last = self.block(number)
+        return (last - first) * ITEMSIZE[self.dtype]
+
     def numel_of(self, first: int, last: int) -> int:
         """How many elements the blocks [first, last) hold."""
         return self.block(last - 1)[1] - self.block(first)[0] if last > first else 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distmerge.claim import claims
 from distmerge.config import MergeConfig
-from distmerge.errors import Interrupted, PeerFailed, VerifyError
+from distmerge.errors import InputError, Interrupted, PeerFailed, VerifyError, printable
 from distmerge.parent import launched
 from distmerge.plan import Plan, make_plan
 from distmerge.progress import Display, Snapshot, clock, gigabytes
@@ -33,34 +33,34 @@ class MergeResult:
     seconds: float
 
 
-def merge(config: MergeConfig, world: World, display: Display) -> None:
+def merge(config: MergeConfig, work: WorkFolder, world: World, display: Display) -> None:
     """Merges as `config` says, together with the other ranks of `world`; on return the output is published.
 
     Raises InputError before anything is written, VerifyError before anything is published, MachineError, Interrupted
     or PeerFailed at any time; the output is then absent, and the same command resumes.
     """
+    started = time.monotonic()
     device = world.device(config.device)
-    with WorkFolder(config.output) as work:
-        planned = world.first("plan", lambda: _plan(config, work, device.type, display))  # plan
-        if planned is None:
-            return
-        plan = work.load(planned)
-        with (
-            display.watching(world.reports, sum(task.nbytes for task in plan.tasks), _recorder(work)),
-            Share(plan, config, work, world, device) as share,
-        ):
-            for segment in claims(plan, world):  # claim
-                share.do(segment)  # read, dequantize, apply, write
-            gathered = world.collect("records", share.records().to_json())  # gather
-        world.first("publish", lambda: _publish(config, plan, work, gathered, display))  # verify, publish
+    planned = world.first("plan", lambda: _plan(config, work, world, display, device.type))  # plan
+    if planned is None:
+        return
+    plan = work.load(planned)
+    with (
+        display.watching(world.reports, sum(task.nbytes for task in plan.tasks), _recorder(work)),
+        Share(plan, config, work, world, device) as share,
+    ):
+        for segment in claims(plan, world):  # claim
+            share.do(segment)  # read, dequantize, apply, write
+        gathered = world.collect("records", share.records().to_json())  # gather
+    world.first("publish", lambda: _publish(config, plan, work, gathered, display))  # verify, publish
+    display.say(_closing(config, plan, time.monotonic() - started))
 
 
 def run(config: MergeConfig) -> MergeResult:
     """Merges as `config` says: as one rank under torchrun, on `config.nproc` new ranks of this machine, or in this
     process alone. Raises the errors of `merge`; of several ranks only the first to fail raises it with words."""
     started = time.monotonic()
-    nproc = config.nproc or default_nproc(config.device)
-    if not launched() and nproc > 1:
+    if not launched() and (nproc := config.nproc or default_nproc(config.device)) > 1:
         if exit_code := launch(nproc, ["merge", *config.to_argv()]):
             raise PeerFailed("a rank has failed", exit_code=exit_code)
     else:
@@ -79,23 +79,22 @@ def run(config: MergeConfig) -> MergeResult:
 
 def _run_rank(config: MergeConfig) -> None:
     world = World.join(timeout=config.timeout)
-    display = Display(quiet=world.place.rank != 0)
-    try:
-        with world.interruptible():
-            merge(config, world, display)
-    except BaseException as error:
-        speaks, exit_code = world.fail(error), getattr(error, "exit_code", 1)
-        # Every rank writes it: rank 0 showed progress there until it noticed.
-        status = {"state": "failed", "exit_code": exit_code, "error": world.failure() or str(error)}
-        WorkFolder(config.output).write_status(status)
-        if not speaks or (isinstance(error, Interrupted) and launched_here()):
-            raise PeerFailed("another rank has failed", exit_code=exit_code) from error
-        raise
-    finally:
-        world.leave()
+    with WorkFolder(config.output) as work:
+        try:
+            with world.interruptible():
+                merge(config, work, world, Display(quiet=world.place.rank != 0))
+        except BaseException as error:
+            speaks, exit_code = world.fail(error), getattr(error, "exit_code", 1)
+            # Every rank writes it: rank 0 showed progress there until it noticed.
+            work.write_status({"state": "failed", "exit_code": exit_code, "error": world.failure() or str(error)})
+            if not speaks or (isinstance(error, Interrupted) and launched_here()):
+                raise PeerFailed("another rank has failed", exit_code=exit_code) from error
+            raise
+        finally:
+            world.leave()
 
 
-def _plan(config: MergeConfig, work: WorkFolder, device: str, display: Display) -> str | None:
+def _plan(config: MergeConfig, work: WorkFolder, world: World, display: Display, device: str) -> str | None:
     """The digest of the plan that is ready in the work folder, or None if its result is published already."""
     check_output(config)
     plan = make_plan(config, device)
@@ -105,7 +104,15 @@ def _plan(config: MergeConfig, work: WorkFolder, device: str, display: Display) 
         display.say(f"done     {config.output} holds the result of this merge already")
         work.clear_after(plan)
         return None
+    world.check()  # the last moment at which stopping leaves nothing behind
     digest = work.open(plan)
+    try:
+        if is_published(config, plan):  # another merge has done so while this one waited for the folder
+            work.discard()
+            return None
+    except InputError:
+        work.leave_if_fresh()
+        raise
     num_merged = sum(bool(task.deltas) for task in plan.tasks)
     display.say(
         f"plan     {len(plan.tasks)} tensors, {num_merged} of them merged, into {len(plan.files)} files of "
@@ -138,7 +145,7 @@ def _recorder(work: WorkFolder) -> Callable[[Snapshot], None]:
     return record
 
 
-def summary(result: MergeResult) -> str:
-    """What a person wants to read at the end."""
-    rate = result.nbytes / result.seconds / 1e9 if result.seconds else 0.0
-    return f"done     {result.output}  {gigabytes(result.nbytes)} in {clock(result.seconds)}  ({rate:.2f} GB/s)"
+def _closing(config: MergeConfig, plan: Plan, seconds: float) -> str:
+    rate = plan.nbytes_to_write / seconds / 1e9 if seconds else 0.0
+    size = gigabytes(plan.nbytes_to_write)
+    return f"done     {printable(str(config.output))}  {size} in {clock(seconds)}  ({rate:.2f} GB/s)"

@@ -11,13 +11,14 @@ from typing import Any
 from distmerge import __version__
 from distmerge.adapter.peft_adapter import Adapter, read_adapter
 from distmerge.adapter.resolve import Delta, resolve, untouched_targets
-from distmerge.checkpoint.base import INDEX, RECEIPT, Base, read_base
+from distmerge.checkpoint.base import INDEX, RECEIPT, Base, FileMark, folder_name, read_base
 from distmerge.checkpoint.formats import Stored
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, build_header
 from distmerge.checkpoint.sidefiles import SideFile, find_side_files, output_config
 from distmerge.config import DEFAULT_SHARD_NBYTES, DTYPES, MergeConfig
-from distmerge.errors import InputError, listing, printable
+from distmerge.errors import InputError, listing
 from distmerge.layout import BLOCK_NUMEL, OutputFile, Segment, Task, Wanted, cut_segments, pack_shards, place
+from distmerge.storage.files import lookup_errors
 from distmerge.storage.records import encode
 
 
@@ -39,6 +40,7 @@ class Plan:
     an equal plan anywhere."""
 
     fingerprint: dict[str, str]
+    base_files: tuple[FileMark, ...]
     adapters: tuple[PlannedAdapter, ...]
     files: tuple[OutputFile, ...]
     tasks: tuple[Task, ...]
@@ -53,8 +55,19 @@ class Plan:
         content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "warnings"}
         return hashlib.sha256(encode(content).encode()).hexdigest()
 
+    @cached_property
+    def _by_file(self) -> list[list[Task]]:
+        groups: list[list[Task]] = [[] for _ in self.files]
+        for task in self.tasks:
+            groups[task.file].append(task)
+        return groups
+
     def tasks_of(self, file: int) -> list[Task]:
-        return [task for task in self.tasks if task.file == file]
+        return self._by_file[file]
+
+    def segments_of(self, file: int) -> list[int]:
+        """The numbers of the segments of a file, in the order of its bytes."""
+        return [number for number, segment in enumerate(self.segments) if segment.file == file]
 
     def header_of(self, file: int) -> bytes:
         return build_header([(task.name, task.dtype, task.source.shape) for task in self.tasks_of(file)])
@@ -65,16 +78,23 @@ class Plan:
 
     @property
     def factors_nbytes(self) -> int:
-        """Bytes that loading the factors of one tensor takes at most: as stored, and in float32."""
-        return max((8 * sum(d.a.numel + d.b.numel for d in task.deltas) for task in self.tasks), default=0)
+        """Bytes that loading the factors of one tensor takes at most: as stored, in float32, and for their norm."""
+        return max(
+            (sum(8 * (d.a.numel + d.b.numel) + 24 * d.a.shape[0] ** 2 for d in task.deltas) for task in self.tasks),
+            default=0,
+        )
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of the largest block of the output."""
+        return max(ITEMSIZE[task.dtype] for task in self.tasks) * BLOCK_NUMEL
 
     @property
     def lane_nbytes(self) -> int:
         """Bytes of the buffers through which one block passes (see stream.Lane)."""
         stored = max(task.stored_block_nbytes for task in self.tasks)
-        out = max(ITEMSIZE[task.dtype] for task in self.tasks) * BLOCK_NUMEL
         packed = any(task.source.packing for task in self.tasks)
-        return stored + out + 4 * BLOCK_NUMEL + packed * (4 + 2) * BLOCK_NUMEL
+        return stored + self.block_nbytes + 4 * BLOCK_NUMEL + packed * (4 + 2) * BLOCK_NUMEL
 
 
 def make_plan(config: MergeConfig, device: str) -> Plan:
@@ -82,8 +102,9 @@ def make_plan(config: MergeConfig, device: str) -> Plan:
     whole, once. Raises InputError for everything that cannot be merged; writes nothing."""
     from distmerge.adapter.screen import screen  # the only part of planning that needs torch
 
-    base = read_base(config.base)
-    adapters = [read_adapter(choice.folder, lora_alpha=config.lora_alpha) for choice in config.adapters]
+    with lookup_errors(config.base):
+        base = read_base(config.base)
+        adapters = [read_adapter(choice.folder, lora_alpha=config.lora_alpha) for choice in config.adapters]
     deltas: dict[str, tuple[Delta, ...]] = {}
     warnings = list(base.warnings)
     planned = []
@@ -93,7 +114,7 @@ def make_plan(config: MergeConfig, device: str) -> Plan:
         mark, notes = screen(adapter, allow_zero_delta=config.allow_zero_delta)
         planned.append(
             PlannedAdapter(
-                name=printable(adapter.folder.resolve().name),
+                name=folder_name(adapter.folder),
                 base_model=adapter.config.base_model,
                 weight=choice.weight,
                 weights_sha256=mark.weights_sha256,
@@ -112,6 +133,7 @@ def make_plan(config: MergeConfig, device: str) -> Plan:
         made.add("config.json")
     plan = Plan(
         fingerprint=_fingerprint(config, base, planned, device),
+        base_files=base.files,
         adapters=tuple(planned),
         files=files,
         tasks=tasks,
@@ -159,7 +181,7 @@ def _doubts(adapter: Adapter, base: Base) -> list[str]:
     """What does not stop a merge but is worth a look before it."""
     name, told = adapter.folder.name, adapter.config.base_model
     doubts = []
-    own = str(base.config.get("_name_or_path") or "") or base.folder.resolve().name
+    own = str(base.config.get("_name_or_path") or "") or folder_name(base.folder)
     if told and told.rstrip("/").split("/")[-1].lower() not in (own.rstrip("/").split("/")[-1].lower(), ""):
         doubts.append(f"{name}: trained on {told!r}, merged into {own!r}")
     if not base.packed and any(mark in told.lower() for mark in ("4bit", "nf4", "int4")):

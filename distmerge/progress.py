@@ -54,7 +54,8 @@ class Display:
     def say(self, text: str) -> None:
         """One line for people."""
         if not self._quiet:
-            print(text, file=self._stream, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # nobody listens; never a reason to fail
+                print(text, file=self._stream, flush=True)
 
     @contextlib.contextmanager
     def watching(
@@ -84,7 +85,7 @@ class Display:
     ) -> None:
         started = time.monotonic()
         show = self._live() if self.interactive else self._lines()
-        with show as update:
+        with contextlib.suppress(OSError, ValueError), show as update:
             while True:
                 last = over.wait(_REFRESH_SECONDS)
                 try:

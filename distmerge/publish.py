@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from distmerge.checkpoint.base import INDEX, RECEIPT, SINGLE
-from distmerge.checkpoint.sidefiles import read_side_file
+from distmerge.checkpoint.base import INDEX, RECEIPT, SINGLE, folder_name
+from distmerge.checkpoint.sidefiles import copy_side_file
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, MachineError, VerifyError, listing, printable
 from distmerge.plan import Plan
@@ -30,6 +30,10 @@ def check_output(config: MergeConfig) -> None:
         _check_places(config, WorkFolder(output).path)
         if output.is_symlink() or (output.exists() and not output.is_dir()):
             raise InputError("is there and is not a folder", where=str(output), hint="choose another --output")
+        if os.path.ismount(output):
+            raise InputError(
+                "is a mount point, which no rename can replace", where=str(output), hint=f"--output {output / 'model'}"
+            )
         if not output.exists() or not any(output.iterdir()):
             return
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks
@@ -107,21 +111,23 @@ def publish(
     """
     ledger = build_ledger(plan, segments)
     files = {plan.files[shard.file].name: FileEntry(sha256=shard.sha256, bytes=shard.nbytes) for shard in shards}
-    contents: dict[str, bytes] = {}
     folders = (config.base, *(adapter.folder for adapter in config.adapters))
     for side in plan.side_files:
-        contents[side.name] = read_side_file(folders[side.source], side)
+        _make_parents(work.model, side.name)
+        copy_side_file(folders[side.source], side, work.model / side.name)
+        files[side.name] = FileEntry(sha256=side.sha256, bytes=side.nbytes)
+    contents: dict[str, bytes] = {}
     if plan.config_json is not None:
         contents["config.json"] = plan.config_json.encode()
-    contents["README.md"] = model_card(plan, printable(config.base.resolve().name), len(ledger)).encode()
+    contents["README.md"] = model_card(plan, folder_name(config.base), len(ledger)).encode()
     index = _index(plan)
     for name, data in {**contents, **index}.items():
         files[name] = FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
     receipt = build_receipt(plan, config, ledger, dict(sorted(files.items())))
     for name, data in {**contents, RECEIPT: receipt.to_json(), **index}.items():
-        _write(work.model, name, data)
+        replace_file(work.model / name, data)
     _sweep(work.model, {*files, RECEIPT})
-    _rename(work, config.output)
+    _rename(work, config)
     return receipt
 
 
@@ -139,14 +145,13 @@ def _index(plan: Plan) -> dict[str, bytes]:
     return {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
 
 
-def _write(folder: Path, name: str, data: bytes) -> None:
-    path = folder / name
-    with io_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, data)
-    while path.parent != folder:
-        path = path.parent
-        fsync_dir(path.parent)
+def _make_parents(folder: Path, name: str) -> None:
+    path = folder
+    for part in name.split("/")[:-1]:
+        with io_errors(path / part):
+            (path / part).mkdir(exist_ok=True)
+        fsync_dir(path)
+        path /= part
 
 
 def _files_in(folder: Path) -> dict[str, Path]:
@@ -169,11 +174,11 @@ def _sweep(folder: Path, expected: set[str]) -> None:
     fsync_dir(folder)
 
 
-def _rename(work: WorkFolder, output: Path) -> None:
-    """One rename makes the model the output; a result that may be replaced steps aside first."""
-    replaced = work.path / "replaced"
+def _rename(work: WorkFolder, config: MergeConfig) -> None:
+    """One rename makes the model the output; only with `--overwrite` what is there steps aside first."""
+    output, replaced = config.output, work.path / "replaced"
     with io_errors(output):
-        if output.exists() and any(output.iterdir()):
+        if config.overwrite and output.exists() and any(output.iterdir()):
             shutil.rmtree(replaced, ignore_errors=True)
             output.rename(replaced)
         try:
@@ -181,7 +186,10 @@ def _rename(work: WorkFolder, output: Path) -> None:
         except OSError as error:
             # Network file systems may report failure for a rename that happened.
             if work.model.exists() or not (output / RECEIPT).exists():
-                raise MachineError(f"cannot be renamed to ({error.strerror})", where=str(output)) from None
+                if replaced.exists() and not output.exists():
+                    replaced.rename(output)
+                hint = "it was made while the merge ran; choose another --output" if output.exists() else ""
+                raise MachineError(f"cannot be renamed to ({error.strerror})", where=str(output), hint=hint) from None
     fsync_dir(output.parent)
     fsync_dir(work.path)
     work.discard()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distmerge.adapter.peft_adapter import WEIGHTS
+from distmerge.checkpoint.base import FileMark, check_mark
 from distmerge.checkpoint.formats import Packing, Stored
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
 from distmerge.layout import BLOCK_NUMEL, Task
@@ -20,6 +21,8 @@ from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.lora import Factors
 from distmerge.plan import Plan
 from distmerge.storage.files import open_input, read_exact
+
+_MAX_OPEN = 64
 
 
 class Buffers:
@@ -48,6 +51,7 @@ class Reader:
 
     def __init__(self, plan: Plan, base: Path, adapters: tuple[Path, ...], device: torch.device) -> None:
         self._plan, self._base, self._adapters, self._device = plan, base, adapters, device
+        self._marks = {mark.name: mark for mark in plan.base_files}
         self._fds: dict[Path, int] = {}
         self._tables: dict[bytes, Tensor] = {}
         self._lock = threading.Lock()
@@ -58,6 +62,11 @@ class Reader:
             os.close(fd)
         self._fds = {}
 
+    def trim(self) -> None:
+        """Closes the files if many are open. Only while no thread reads."""
+        if len(self._fds) > _MAX_OPEN:
+            self.close()
+
     def buffers(self) -> Buffers:
         """Buffers that fit every block of the plan."""
         return Buffers(self._plan, self._device)
@@ -65,7 +74,7 @@ class Reader:
     def read(self, spec: TensorSpec, offset: int, view: memoryview) -> None:
         """Fills `view` with the bytes of a base tensor from its byte `offset` on."""
         path = self._base / spec.file
-        read_exact(self._fd(path), view, spec.begin + offset, path)
+        read_exact(self._fd(path, self._marks[spec.file]), view, spec.begin + offset, path)
 
     def read_dense(self, buffers: Buffers, stored: Stored, first: int, last: int) -> Tensor:
         """Elements [first, last) of `stored` in its dense dtype, on the device."""
@@ -142,9 +151,11 @@ class Reader:
         stored = torch.frombuffer(data, dtype=torch_dtype(spec.dtype)).view(spec.shape)
         return stored.to(self._device).float()
 
-    def _fd(self, path: Path) -> int:
+    def _fd(self, path: Path, mark: FileMark | None = None) -> int:
         with self._lock:
             if path not in self._fds:
+                if mark is not None:
+                    check_mark(path, mark)
                 self._fds[path] = open_input(path)
             return self._fds[path]
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from distmerge import __version__
 from distmerge.adapter.resolve import Delta
-from distmerge.checkpoint.base import RECEIPT
+from distmerge.checkpoint.base import RECEIPT, folder_name
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, printable
 from distmerge.plan import Plan
@@ -86,7 +86,7 @@ class Receipt:
     environment: dict[str, str]
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+        return (json.dumps(asdict(self), indent=1, allow_nan=False) + "\n").encode()
 
 
 def build_ledger(plan: Plan, records: Iterable[SegmentRecord]) -> dict[str, LedgerEntry]:
@@ -100,7 +100,7 @@ def build_ledger(plan: Plan, records: Iterable[SegmentRecord]) -> dict[str, Ledg
         done = pieces.get(number, [])
         norms = next((piece.delta_norms for piece in done if piece.delta_norms), ())
         applied = math.sqrt(math.fsum(piece.applied_squared for piece in done))
-        for delta, norm in zip(task.deltas, norms, strict=False):
+        for delta, norm in zip(task.deltas, norms, strict=True):
             entry = LedgerEntry(tensor=task.name, delta_norm=norm, applied_norm=applied)
             ledger |= dict.fromkeys(ledger_keys(plan, delta), entry)
     return ledger
@@ -121,7 +121,7 @@ def build_receipt(
     return Receipt(
         version=VERSION,
         plan=plan.digest,
-        base=MergedBase(name=printable(config.base.resolve().name), fingerprint=_base_fingerprint(plan)),
+        base=MergedBase(name=folder_name(config.base), fingerprint=_base_fingerprint(plan)),
         adapters=tuple(
             MergedAdapter(
                 name=adapter.name,

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from distmerge import __version__
+from distmerge.adapter.peft_adapter import WEIGHTS
 from distmerge.config import MergeConfig
-from distmerge.errors import Interrupted, MachineError
+from distmerge.errors import InputError, Interrupted, MachineError
 from distmerge.plan import Plan, count_lanes
+from distmerge.storage.files import sha256_of
 from distmerge.storage.records import decode, encode
 from distmerge.stream import SegmentRecord, Stream
 from distmerge.work import ShardRecord, WorkFolder
@@ -47,7 +49,7 @@ class Share:
     """Does segments of `plan` on `device` and keeps their records; a context manager that ends its threads."""
 
     def __init__(self, plan: Plan, config: MergeConfig, work: WorkFolder, world: World, device: torch.device) -> None:
-        _check_alike(plan, device)
+        _check_alike(plan, config, device)
         torch.set_num_threads(1)  # the lanes are the threads
         torch.set_float32_matmul_precision("highest")
         self._plan, self._work, self._world = plan, work, world
@@ -109,6 +111,9 @@ class Share:
     def tick(self) -> None:
         """Notices signals and failed ranks, and reports progress; called a few times a second."""
         self._world.check()
+        for future in self._finishing:
+            if future.done():
+                future.result()  # a file that could not be ended ends the run now
         if time.monotonic() - self._reported > _REPORT_SECONDS:
             self._report(self._doing)
 
@@ -130,8 +135,9 @@ class Share:
             raise Interrupted("the rank is ending")
 
 
-def _check_alike(plan: Plan, device: torch.device) -> None:
-    """Raises MachineError if this rank would compute other bits than the one that planned."""
+def _check_alike(plan: Plan, config: MergeConfig, device: torch.device) -> None:
+    """Raises MachineError or InputError if this rank would compute other bits than the one that planned. The base's
+    files are compared when they are opened."""
     mine = {"distmerge": __version__, "torch": torch.__version__, "device": device.type}
     for what, value in mine.items():
         if plan.fingerprint[what] != value:
@@ -139,6 +145,14 @@ def _check_alike(plan: Plan, device: torch.device) -> None:
                 f"{what} is {value}, on rank 0 it is {plan.fingerprint[what]}",
                 where=socket.gethostname(),
                 hint="all ranks need the same versions and the same type of device",
+            )
+    for choice, planned in zip(config.adapters, plan.adapters, strict=True):
+        seen = (choice.weight, sha256_of(choice.folder / WEIGHTS))
+        if seen != (planned.weight, planned.weights_sha256):
+            raise InputError(
+                "is not the adapter that the merge was planned with, or has another weight",
+                where=f"{choice.folder} on {socket.gethostname()}",
+                hint="every rank must see the same adapters and get the same options",
             )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -151,7 +152,9 @@ class Stream:
         self._reader = Reader(plan, base, adapters, device)
         with memory_errors():
             self._lanes = [Lane(plan, device, self._reader.buffers()) for _ in range(num_lanes)]
-        self._pool = ThreadPoolExecutor(num_lanes, thread_name_prefix="lane")
+        # The current accelerator belongs to a thread; left alone, lanes would make contexts on the first one.
+        choose = partial(torch.accelerator.set_device_index, device) if device.type != "cpu" else None
+        self._pool = ThreadPoolExecutor(num_lanes, "lane", choose)
         self.nbytes_done = 0
 
     def close(self) -> None:
@@ -168,20 +171,22 @@ class Stream:
         Raises MachineError for I/O errors and VerifyError for values that are not finite, naming the tensor.
         """
         segment = self._plan.segments[number]
+        self._close_others(segment.file)
         norms: dict[int, tuple[float, ...]] = {}
         blocks = self._blocks(segment, norms)
         done = self._each(blocks, self._merge_block, tick)
         return SegmentRecord(
             segment=number,
-            crc32=_combine(done),
+            crc32=combine_crc32s([block.outcome.crc32 for block in done]),
             pieces=tuple(_piece_record(i, piece, norms.get(i, ()), done) for i, piece in enumerate(segment.pieces)),
         )
 
     def check(self, record: SegmentRecord, tick: Callable[[], None]) -> bool:
         """True if the bytes on disk are those that `record` was made from."""
+        self._close_others(self._plan.segments[record.segment].file)
         blocks = self._blocks(self._plan.segments[record.segment], None)
         done = self._each(blocks, self._check_block, tick)
-        return _combine(done) == record.crc32
+        return combine_crc32s([block.outcome.crc32 for block in done]) == record.crc32
 
     def _each(
         self,
@@ -251,6 +256,12 @@ class Stream:
         read_exact(self._fd_out(task.file), data, self._offset(block), self._plan.files[task.file].name)
         return _Outcome(crc32=zlib.crc32(data))
 
+    def _close_others(self, file: int) -> None:
+        """Between segments no lane works: closes what the next one need not have open."""
+        self._reader.trim()
+        for other in [number for number in self._outputs if number != file]:
+            os.close(self._outputs.pop(other))
+
     def _offset(self, block: _Block) -> int:
         return block.task.begin + block.first * ITEMSIZE[block.task.dtype]
 
@@ -265,8 +276,10 @@ def _apply(lane: Lane, block: _Block, base: Tensor, out: Tensor) -> tuple[int, f
     """Writes `base` plus its deltas to `out`, rounded once; returns how many deltas, and the sum of (out - base)^2."""
     if not block.factors:
         out.copy_(base)
-        if not torch.isfinite(out).all() and torch.isfinite(base).all():
-            raise _not_finite(block.task, base)
+        if not (lost := ~torch.isfinite(out)).any():
+            return 0, 0.0
+        if (lost & torch.isfinite(base)).any():
+            raise _not_finite(block.task)
         return 0, 0.0
     numel, row = block.last - block.first, block.task.row_numel
     work = lane.buffers.work[:numel]
@@ -278,14 +291,16 @@ def _apply(lane: Lane, block: _Block, base: Tensor, out: Tensor) -> tuple[int, f
     out.copy_(work)
     work.copy_(out).sub_(base)
     squared = float(torch.dot(work, work))
-    if not math.isfinite(squared) and not torch.isfinite(out).all():
-        raise _not_finite(block.task, base)
+    if not 0 < squared < math.inf:  # float32 cannot hold it, or the sum is of values that are not finite
+        if not torch.isfinite(base).all():
+            raise VerifyError("the base holds values that are not finite", where=block.task.name)
+        if not torch.isfinite(out).all():
+            raise _not_finite(block.task)
+        squared = float(work.cpu().double().square().sum())
     return num_deltas, squared
 
 
-def _not_finite(task: Task, base: Tensor) -> VerifyError:
-    if not torch.isfinite(base).all():
-        return VerifyError("the base holds values that are not finite", where=task.name)
+def _not_finite(task: Task) -> VerifyError:
     return VerifyError(
         f"a merged value does not fit {task.dtype}",
         where=task.name,
@@ -318,5 +333,6 @@ def _piece_record(i: int, piece: Piece, norms: tuple[float, ...], done: list[_Do
     )
 
 
-def _combine(done: list[_Done]) -> int:
-    return zlib.crc32(b"".join(block.outcome.crc32.to_bytes(4, "little") for block in done))
+def combine_crc32s(blocks: list[int]) -> int:
+    """The checksum of a segment from those of its blocks, in order: lanes end them in any order."""
+    return zlib.crc32(b"".join(crc32.to_bytes(4, "little") for crc32 in blocks))

@@ -27,6 +27,13 @@ def check_records(plan: Plan, segments: Sequence[SegmentRecord], shards: Sequenc
             raise VerifyError(
                 f"has {shard.nbytes} bytes, planned were {planned_nbytes}", where=plan.files[shard.file].name
             )
+        read_back = dict(zip(plan.segments_of(shard.file), shard.segment_crc32s, strict=True))
+        if lost := [record for record in segments if read_back.get(record.segment, record.crc32) != record.crc32]:
+            raise VerifyError(
+                f"{len(lost)} segments were read back with other bytes than were written",
+                where=plan.files[shard.file].name,
+                hint="disk, memory or network storage has failed; run the same command again",
+            )
     wrong = []
     for record in segments:
         pieces = plan.segments[record.segment].pieces

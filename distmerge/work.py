@@ -12,11 +12,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
 import shutil
+import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +32,13 @@ from distmerge.storage.files import (
     free_nbytes,
     fsync_dir,
     io_errors,
+    read_exact,
     replace_file,
-    sha256_of,
     write_exact,
 )
 from distmerge.storage.records import decode, encode
 from distmerge.storage.strict_json import read_object
-from distmerge.stream import SegmentRecord
+from distmerge.stream import SegmentRecord, combine_crc32s
 
 _MANIFEST = "manifest.json"
 _LOCK_SECONDS = 10.0
@@ -44,11 +47,13 @@ _STALE_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A weight file that is whole, durable and under its final name."""
+    """A weight file that is whole, durable and under its final name, with the checksums of its segments as they were
+    read back, made as a SegmentRecord's."""
 
     file: int
     nbytes: int
     sha256: str
+    segment_crc32s: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +72,11 @@ class WorkFolder:
         self.path = output.parent / f"{output.name}.distmerge"
         self.model = self.path / "model"
         self._done = self.path / "done"
+        self.is_fresh = False
+        self._is_ours = False
         self._lock: int | None = None
         self._journal: int | None = None
+        self._journal_lock = threading.Lock()
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -84,14 +92,14 @@ class WorkFolder:
         Holds the folder until `release`. Raises InputError if it belongs to another merge, MachineError if there is
         no room; a folder that was not there before is then gone again.
         """
-        with io_errors(self.path):
-            _check_foreign(self.path)
+        self.check(plan)
         with io_errors(self.path):
             self._check_room(plan)
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            fresh = _made(self.path)
+            self.path.mkdir(exist_ok=True)
+        self._take_lock()
+        self.is_fresh = not (self.path / _MANIFEST).exists()
         try:
-            self._take_lock()
             self._agree(plan)
             with io_errors(self.path):
                 self._done.mkdir(exist_ok=True)
@@ -101,11 +109,23 @@ class WorkFolder:
             fsync_dir(self.model)
             fsync_dir(self.path)
         except BaseException:
-            if fresh:
-                self.discard()
-            self.release()
+            self.leave_if_fresh()
             raise
+        self._is_ours = True
         return plan.digest
+
+    def check(self, plan: Plan) -> None:
+        """Raises InputError if the folder is not ours, or holds an unfinished merge of something else."""
+        with io_errors(self.path):
+            _check_foreign(self.path)
+            if (self.path / _MANIFEST).exists():
+                self._agree(plan)
+
+    def leave_if_fresh(self) -> None:
+        """Removes what `open` has made, unless an earlier run had made it before."""
+        if self.is_fresh:
+            self.discard()
+        self.release()
 
     def load(self, digest: str) -> Plan:
         """The plan in the manifest, as another rank wrote it. Raises VerifyError if it is not the expected one."""
@@ -114,6 +134,7 @@ class WorkFolder:
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.5)
         plan = _plan_of(path)
+        self._is_ours = True
         if plan is None or plan.digest != digest:
             raise VerifyError(
                 "the manifest is not the one that rank 0 has written",
@@ -152,14 +173,15 @@ class WorkFolder:
         """
         file = plan.files[number]
         part, final = self.model / f"{file.name}.part", self.model / file.name
-        digest = sha256_of(part if part.exists() else final, each)
-        with io_errors(final):
-            fd = self._open_either(file.name, os.O_RDWR)
-            try:
+        fd = self._open_either(file.name, os.O_RDWR)
+        try:
+            digest, crcs = read_back(plan, number, fd, each)
+            with io_errors(final):
                 nbytes = os.fstat(fd).st_size
                 os.fsync(fd)
-            finally:
-                os.close(fd)
+        finally:
+            os.close(fd)
+        with io_errors(final):
             try:
                 part.rename(final)
             except FileNotFoundError:  # an earlier attempt, or a rank that outlived it, was here first
@@ -168,17 +190,17 @@ class WorkFolder:
         if nbytes != file.nbytes:
             raise VerifyError(f"has {nbytes} bytes, planned were {file.nbytes}", where=file.name)
         fsync_dir(self.model)
-        return ShardRecord(file=number, nbytes=nbytes, sha256=digest)
+        return ShardRecord(file=number, nbytes=nbytes, sha256=digest, segment_crc32s=crcs)
 
     def note(self, plan: Plan, **record: SegmentRecord | ShardRecord) -> None:
         """Appends a line to this process's journal: `segment=` or `shard=`. A shard's line is made durable."""
-        if self._journal is None:
-            with io_errors(self._done):
+        line = f"{encode({'plan': plan.digest, **record})}\n".encode()
+        with self._journal_lock, io_errors(self._done):
+            if self._journal is None:
                 name = self._done / f"{os.getpid()}-{secrets.token_hex(4)}.jsonl"
                 self._journal = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        line = encode({"plan": plan.digest, **record})
-        with io_errors(self._done):
-            os.write(self._journal, f"{line}\n".encode())
+            if os.write(self._journal, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if "shard" in record:
                 os.fsync(self._journal)
 
@@ -188,7 +210,7 @@ class WorkFolder:
         """Replaces status.json; a reader never sees a part of it. Not durable, and never a reason to fail."""
         temporary = self.path / f".status.{os.getpid()}.tmp"
         with contextlib.suppress(OSError):
-            if not (self.path / _MANIFEST).exists():  # somebody else's folder
+            if not self._is_ours or not (self.path / _MANIFEST).exists():
                 return
             temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
             temporary.replace(self.path / "status.json")
@@ -313,18 +335,34 @@ def _check_foreign(path: Path) -> None:
         raise InputError("holds files that are not of distmerge", where=str(path), hint="move it away")
 
 
-def _made(path: Path) -> bool:
-    """Makes the folder; False if it is there already."""
-    try:
-        path.mkdir()
-    except FileExistsError:
-        return False
-    return True
+def read_back(plan: Plan, number: int, fd: int, each: Callable[[memoryview], None]) -> tuple[str, tuple[int, ...]]:
+    """The SHA-256 of weight file `number`, and the checksums of its segments, from one pass over its bytes."""
+    name, digest, crcs = plan.files[number].name, hashlib.sha256(), []
+    buffer = memoryview(bytearray(max(plan.files[number].data_begin, plan.block_nbytes)))
+    offset = 0
+
+    def take(nbytes: int) -> int:
+        nonlocal offset
+        piece = buffer[:nbytes]
+        read_exact(fd, piece, offset, name)
+        each(piece)
+        digest.update(piece)
+        offset += nbytes
+        return zlib.crc32(piece)
+
+    take(plan.files[number].data_begin)
+    for segment in plan.segments_of(number):
+        blocks = []
+        for piece in plan.segments[segment].pieces:
+            task = plan.tasks[piece.task]
+            blocks += [take(task.block_nbytes(block)) for block in range(piece.first, piece.last)]
+        crcs.append(combine_crc32s(blocks))
+    return digest.hexdigest(), tuple(crcs)
 
 
 def room_needed(plan: Plan) -> int:
     """Bytes that the output takes on disk."""
-    return plan.nbytes_to_write + sum(file.nbytes for file in plan.side_files) + (1 << 20)
+    return plan.nbytes_to_write + sum(file.nbytes for file in plan.side_files) + (1 << 20) + 2000 * len(plan.tasks)
 
 
 def _plan_of(path: Path) -> Plan | None:

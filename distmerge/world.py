@@ -83,7 +83,7 @@ class World:
         try:
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             local_rank = int(os.environ.get("LOCAL_RANK", rank))
-            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # not told: every rank may be on its own node
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         except (KeyError, ValueError) as error:
             raise UsageError(
@@ -290,6 +290,8 @@ class World:
 def device_type(wanted: str) -> str:
     """The device type that `wanted` (`auto`, `cpu`, `cuda`, ...) means here. Raises UsageError if it is not there."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is not None and found.type == "mps":  # it has neither float64 nor pinned memory
+        found = None
     if wanted == "cpu" or (wanted == "auto" and found is None):
         return "cpu"
     if found is None or wanted not in ("auto", found.type):
@@ -326,6 +328,8 @@ def launch(nproc: int, argv: list[str]) -> int:
         max_restarts=0,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
+    # The ranks get every choice as an option; a variable would fill in what is left at its default.
+    variables = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("DISTMERGE_")}
     try:
         elastic_launch(config, sys.executable)("-m", "distmerge", *argv)
     except ChildFailedError as error:
@@ -342,4 +346,6 @@ def launch(nproc: int, argv: list[str]) -> int:
         return int(failure.exitcode)
     except SignalException as error:
         raise Interrupted(f"stopped by {error.sigval.name}", hint="the same command resumes where it stopped") from None
+    finally:
+        os.environ.update(variables)
     return 0

@@ -270,6 +270,7 @@ def plan_of(shards: dict[str, list[Any]]) -> Any:
         name="lora", base_model="", weight=1.0, weights_sha256="0", config_sha256="0", num_tensors=count
     )
     return Plan(
+        base_files=(),
         fingerprint={"device": "cpu"},
         adapters=(adapter,),
         files=files,

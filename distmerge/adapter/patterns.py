@@ -6,14 +6,15 @@ import contextlib
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from distmerge.errors import InputError, printable
 
 _MAX_LENGTH = 1000
-_SECONDS = 2.0
+_LITERAL = re.compile(r"[\w.-]+", re.ASCII)
+_SECONDS = 4.0
 
 
 def module_pattern(pattern: str) -> str:
@@ -37,6 +38,42 @@ def check_pattern(pattern: str, field: str, where: str, *, as_used: str = "") ->
         raise InputError(f"{field} holds {printable(pattern)!r}, no regular expression: {error}", where=where) from None
 
 
+class PatternTable:
+    """The values of rank_pattern or alpha_pattern by module.
+
+    Adapters may name each of thousands of modules. A pattern of word characters and dots is looked up instead of
+    matched: every dot of it stands for any character, and it must begin at a component of the module's name.
+    """
+
+    def __init__(self, patterns: Mapping[str, Any]) -> None:
+        self._values = list(patterns.values())
+        self._regular: list[tuple[int, re.Pattern[str]]] = []
+        self._literal: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+        for number, pattern in enumerate(patterns):
+            if _LITERAL.fullmatch(pattern):
+                dots = tuple(i for i, character in enumerate(pattern) if character == ".")
+                self._literal.setdefault(len(pattern), {}).setdefault(dots, {})[pattern] = number
+            else:
+                self._regular.append((number, re.compile(module_pattern(pattern))))
+
+    def values(self, module: str) -> list[Any]:
+        """The values of all patterns that match `module`, in the order of the file."""
+        found = {number for number, pattern in self._regular if pattern.match(module)}
+        for tail in tails(module):
+            for dots, patterns in self._literal.get(len(tail), {}).items():
+                characters = list(tail)
+                for dot in dots:
+                    characters[dot] = "."
+                if (number := patterns.get("".join(characters))) is not None:
+                    found.add(number)
+        return [self._values[number] for number in sorted(found)]
+
+
+def tails(module: str) -> list[str]:
+    """`module` and what remains of it after each dot."""
+    return [module, *(module[i + 1 :] for i, character in enumerate(module) if character == ".")]
+
+
 @contextlib.contextmanager
 def time_limit(where: str) -> Iterator[None]:
     """Raises InputError when matching in the body takes longer than a few seconds: a pattern may take time that is
@@ -47,15 +84,15 @@ def time_limit(where: str) -> Iterator[None]:
 
     def expire(number: int, frame: FrameType | None) -> Any:
         raise InputError(
-            f"matching its patterns takes longer than {_SECONDS:g} s",
+            f"matching its patterns takes more than {_SECONDS:g} s of CPU time",
             where=where,
             hint="simplify rank_pattern, alpha_pattern or target_modules",
         )
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    before = signal.signal(signal.SIGPROF, expire)
+    signal.setitimer(signal.ITIMER_PROF, _SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

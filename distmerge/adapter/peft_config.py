@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distmerge.adapter.patterns import check_pattern, layer_pattern, module_pattern
+from distmerge.adapter.patterns import PatternTable, check_pattern, layer_pattern, module_pattern, tails
 from distmerge.errors import InputError, listing, printable, shown
 from distmerge.storage.strict_json import read_object
 
@@ -48,7 +49,7 @@ _REFUSED = {
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """The part of adapter_config.json that a merge of plain LoRA depends on."""
 
@@ -63,13 +64,29 @@ class LoraConfig:
     layers_pattern: tuple[str, ...]
     base_model: str
 
+    @cached_property
+    def _ranks(self) -> PatternTable:
+        return PatternTable(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> PatternTable:
+        return PatternTable(self.alpha_pattern)
+
+    @cached_property
+    def _targets(self) -> str | frozenset[str]:
+        return self.target_modules if isinstance(self.target_modules, str) else frozenset(self.target_modules)
+
+    @cached_property
+    def _excluded(self) -> str | frozenset[str]:
+        return self.exclude_modules if isinstance(self.exclude_modules, str) else frozenset(self.exclude_modules)
+
     def matching_ranks(self, module: str) -> list[int]:
         """The LoRA ranks that `rank_pattern` gives `module`, in the file's order; `r` if no pattern matches."""
-        return _matches(self.rank_pattern, module) or [self.r]
+        return self._ranks.values(module) or [self.r]
 
     def matching_alphas(self, module: str) -> list[float]:
         """The alphas that `alpha_pattern` gives `module`, in the file's order; `lora_alpha` if no pattern matches."""
-        return _matches(self.alpha_pattern, module) or [self.lora_alpha]
+        return self._alphas.values(module) or [self.lora_alpha]
 
     def scaling(self, module: str, r: int) -> float:
         """`alpha / r`, or `alpha / sqrt(r)` with rsLoRA, for a module whose factors have rank `r` (PEFT's
@@ -78,11 +95,11 @@ class LoraConfig:
 
     def targets(self, module: str) -> bool:
         """True if PEFT would put a LoRA on a linear layer named `module` (`check_target_module_exists`)."""
-        if self.exclude_modules and _named(self.exclude_modules, module):
+        if self._excluded and _named(self._excluded, module):
             return False
-        if not _named(self.target_modules, module):
+        if not _named(self._targets, module):
             return False
-        if isinstance(self.target_modules, str) or module in self.target_modules or not self.layers_to_transform:
+        if isinstance(self.target_modules, str) or module in self._targets or not self.layers_to_transform:
             return True
         patterns = [layer_pattern(pattern) for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
         found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
@@ -141,14 +158,10 @@ def _refuse_unsupported(raw: dict[str, Any], where: str) -> None:
         )
 
 
-def _matches(patterns: dict[str, Any], module: str) -> list[Any]:
-    return [value for key, value in patterns.items() if re.match(module_pattern(key), module)]
-
-
-def _named(targets: str | tuple[str, ...], module: str) -> bool:
+def _named(targets: str | frozenset[str], module: str) -> bool:
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+    return any(tail in targets for tail in tails(module))
 
 
 def _rank(value: Any, field: str, where: str) -> int:

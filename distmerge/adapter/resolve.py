@@ -48,6 +48,8 @@ def resolve(adapter: Adapter, number: int, weight: float, base: Base) -> dict[st
             _check_target(pair, stored, where)
             _check_tied(stored, base)
             scaling = adapter.config.scaling(pair.module, pair.r) * weight
+            if not 1e-30 < abs(scaling) < 1e30:
+                raise InputError(f"the scaling of {printable(pair.module)!r} is {scaling}, beyond float32", where=where)
             deltas[stored.name] = Delta(adapter=number, a=pair.a, b=pair.b, scaling=scaling)
     return deltas
 

@@ -89,9 +89,32 @@ def nested_configs(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [config, *(found for value in inner for found in nested_configs(value))]
 
 
+def check_mark(path: Path, mark: FileMark) -> None:
+    """Raises InputError if the file at `path` is not the one that was planned with, by its length and header. Its time
+    does not count: copies on other nodes have their own."""
+    header = read_header(path)
+    if path.stat().st_size != mark.nbytes or hashlib.sha256(header.raw).hexdigest() != mark.header_sha256:
+        raise InputError(
+            "is not the file that the merge was planned with",
+            where=str(path),
+            hint="every rank must see the same base, and nothing may change it while it is read",
+        )
+
+
+def folder_name(folder: Path) -> str:
+    """What people call `folder`: its own name, or the model's for a snapshot in a Hugging Face cache."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return printable(repository.split("--")[-1])
+    return printable(folder.name)
+
+
 def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
-    if single and index:
+    weight_map = read_object(folder / INDEX).get("weight_map") if single and index else None
+    only_single = isinstance(weight_map, dict) and all(file == SINGLE for file in weight_map.values())
+    if single and index and not only_single:
         raise InputError(
             f"both {SINGLE} and {INDEX} are there, and loaders disagree on which one counts",
             where=str(folder),
@@ -137,8 +160,8 @@ def _shards_of_index(folder: Path, weight_map: Any) -> list[str]:
 def is_plain_name(name: str) -> bool:
     """True if `name` is one ordinary path component on any system: no folder, drive, dots or control characters."""
     return (
-        0 < len(name.encode()) < 256
-        and name.isprintable()
+        name.isprintable()
+        and 0 < len(name.encode()) <= 240
         and not re.search(r'[/\\:*?"<>|]', name)
         and not name.startswith(".")
     )

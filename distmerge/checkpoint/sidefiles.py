@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import stat
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 from distmerge.checkpoint.base import Base, nested_configs
 from distmerge.errors import InputError, MachineError, printable
-from distmerge.storage.files import io_errors, sha256_of
+from distmerge.storage.files import copy_file, io_errors, sha256_of
 
 _NEVER = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"),
@@ -51,20 +50,19 @@ def find_side_files(base: Path, adapters: tuple[Path, ...], made: set[str]) -> t
         raise InputError("is a folder where the output has a file", where=str(base / taken[0].split("/")[0]))
     folders = (base, *adapters)
     files = []
+    homes = [_homes(folder) for folder in folders]
     for name, source in sorted(chosen.items()):
         path = folders[source] / name
+        _check_inside(folders[source], name, homes[source])
         with io_errors(path):
             files.append(SideFile(name=name, source=source, nbytes=path.stat().st_size, sha256=sha256_of(path)))
     return tuple(files)
 
 
-def read_side_file(folder: Path, file: SideFile) -> bytes:
-    """The bytes of `file`. Raises MachineError when they are no longer those that were planned."""
-    with io_errors(folder / file.name):
-        data = (folder / file.name).read_bytes()
-    if hashlib.sha256(data).hexdigest() != file.sha256:
+def copy_side_file(folder: Path, file: SideFile, target: Path) -> None:
+    """Copies `file` of `folder` to `target`. Raises MachineError when its bytes are no longer those planned."""
+    if copy_file(folder / file.name, target) != file.sha256:
         raise MachineError("changed during the merge", where=str(folder / file.name), hint="run the same command again")
-    return data
 
 
 def output_config(base: Base, dtypes: dict[str, int], *, recast: bool) -> bytes | None:
@@ -100,14 +98,34 @@ def _is_weight(name: str) -> bool:
 def _walk(folder: Path, inside: str = "") -> Iterator[str]:
     for path in sorted((folder / inside).iterdir()):
         name = f"{inside}{path.name}"
-        if not name.isprintable():
-            raise InputError("a file name holds control characters", where=printable(name))
+        if not name.isprintable() or len(path.name.encode(errors="replace")) > 240:
+            raise InputError("a file name is too long or holds control characters", where=printable(name))
         try:
             mode = path.stat().st_mode
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})", where=str(path)) from None
         if stat.S_ISDIR(mode):
-            if path.name not in _NEVER_FOLDERS and not path.name.endswith(".distmerge") and name.count("/") < 8:
+            left_out = path.name in _NEVER_FOLDERS or path.name.endswith(".distmerge") or name.count("/") >= 8
+            if not left_out and not path.is_symlink():
                 yield from _walk(folder, f"{name}/")
         elif stat.S_ISREG(mode):
             yield name
+
+
+def _check_inside(folder: Path, name: str, homes: set[Path]) -> None:
+    """Raises InputError for a link that leads out of the folder, and not to where its weights are either."""
+    resolved = (folder / name).resolve()
+    if not any(home in resolved.parents for home in homes):
+        raise InputError(
+            f"is a link that leads out of the folder, to {resolved}",
+            where=str(folder / name),
+            hint="put the file in its place, or remove the link",
+        )
+
+
+def _homes(folder: Path) -> set[Path]:
+    """Where files of `folder` may lie: in it, beside its weights, or in the repository of a Hugging Face cache."""
+    homes = {folder.resolve(), *(path.resolve().parent for path in folder.glob("*.safetensors"))}
+    if folder.resolve().parent.name == "snapshots":
+        homes.add(folder.resolve().parent.parent)
+    return homes

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from distmerge.errors import InputError, MachineError
+from distmerge.errors import InputError, MachineError, printable
 
 WRITE_NBYTES = 1 << 20  # larger buffered writes ask the kernel for huge folios and run several times slower
 READ_NBYTES = 4 << 20
@@ -36,6 +36,16 @@ def io_errors(where: str | Path) -> Iterator[None]:
         code = error.errno or 0
         text = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
         raise MachineError(text, where=str(where), hint=_ADVICE.get(code, "")) from error
+
+
+@contextlib.contextmanager
+def lookup_errors(where: str | Path) -> Iterator[None]:
+    """Turns an OSError of the body, which looks for input files, into an InputError that names `where`."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename if isinstance(error.filename, str) else str(where)
+        raise InputError(f"cannot be looked at ({error.strerror})", where=printable(path)) from None
 
 
 def open_input(path: Path) -> int:
@@ -120,14 +130,16 @@ def allocate(fd: int, nbytes: int, where: str | Path) -> None:
                 raise OSError(code, os.strerror(code))
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """The file at `path` holds `data`, durably, with ordinary permissions; at no instant a part of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """A descriptor of a new file, which is at `path`, durably, once the body has ended well; until then there is
+    nothing, or what was there before."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     with io_errors(path):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             try:
-                write_exact(fd, memoryview(data), 0, path)
+                yield fd
                 os.fsync(fd)
             finally:
                 os.close(fd)
@@ -136,6 +148,25 @@ def replace_file(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
     fsync_dir(path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """The file at `path` holds `data`, durably, with ordinary permissions; at no instant a part of it."""
+    with replacing(path) as fd:
+        write_exact(fd, memoryview(data), 0, path)
+
+
+def copy_file(source: Path, path: Path) -> str:
+    """The file at `path` holds what `source` holds, durably; returns its SHA-256. Reads and writes in pieces."""
+    with replacing(path) as fd:
+        offset = 0
+
+        def write(piece: memoryview) -> None:
+            nonlocal offset
+            write_exact(fd, piece, offset, path)
+            offset += len(piece)
+
+        return sha256_of(source, write)
 
 
 def sha256_of(path: Path, each: Callable[[memoryview], None] | None = None) -> str:

@@ -56,7 +56,7 @@ def halfway(request: pytest.FixtureRequest, adapter: Path, tmp_path: Path) -> tu
 
 def test_the_journal_gives_back_what_was_noted(base: Path, adapter: Path, tmp_path: Path) -> None:
     half = Halfway(base, adapter, tmp_path / "out", count=3)
-    shard = ShardRecord(file=0, nbytes=5, sha256="ab")
+    shard = ShardRecord(file=0, nbytes=5, sha256="ab", segment_crc32s=(7,))
     half.work.note(half.plan, shard=shard)
     done = WorkFolder(half.output).done(half.plan)
     assert sorted(done.segments) == [0, 1, 2]

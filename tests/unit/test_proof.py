@@ -45,7 +45,16 @@ def honest(plan: Plan) -> tuple[list[SegmentRecord], list[ShardRecord]]:
                 )
             )
         segments.append(SegmentRecord(segment=number, crc32=0, pieces=tuple(pieces)))
-    return segments, [ShardRecord(file=n, nbytes=f.nbytes, sha256="") for n, f in enumerate(plan.files)]
+    shards = [
+        ShardRecord(
+            file=number,
+            nbytes=file.nbytes,
+            sha256="",
+            segment_crc32s=tuple(segments[segment].crc32 for segment in plan.segments_of(number)),
+        )
+        for number, file in enumerate(plan.files)
+    ]
+    return segments, shards
 
 
 def piece(segments: list[SegmentRecord], number: int, **changes: Any) -> list[SegmentRecord]:
@@ -111,3 +120,11 @@ def test_an_adapter_tensor_that_the_plan_forgot_is_refused(plan: Plan) -> None:
     more = replace(plan, adapters=(replace(plan.adapters[0], num_tensors=6),))
     with pytest.raises(VerifyError, match="4 adapter tensors were applied, the adapters hold 6"):
         check_records(more, *honest(plan))
+
+
+def test_bytes_that_are_read_back_other_than_written_are_refused(plan: Plan) -> None:
+    segments, shards = honest(plan)
+    first = shards[0].segment_crc32s
+    shards[0] = replace(shards[0], segment_crc32s=(first[0] ^ 1, *first[1:]))
+    with pytest.raises(VerifyError, match="read back with other bytes"):
+        check_records(plan, segments, shards)

@@ -111,7 +111,7 @@ SAMPLE = {"names": ["a"], "pair": [1, "x"], "marks": {"k": "v"}, "maybe": None, 
 
 
 def test_every_kind_of_field_comes_back_equal() -> None:
-    shard = ShardRecord(file=1, nbytes=2, sha256="ab")
+    shard = ShardRecord(file=1, nbytes=2, sha256="ab", segment_crc32s=(1, 2))
     for maybe in (None, shard):
         sample = Sample(names=("a", "b"), pair=(1, "x"), marks={"k": "v"}, maybe=maybe, kind="merge")
         assert decode(Sample, json.loads(encode(sample))) == sample
