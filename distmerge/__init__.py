@@ -17,8 +17,8 @@ from distmerge.errors import DistmergeError
 
 if TYPE_CHECKING:
     from distmerge.audit import Audit
-    from distmerge.merge import MergeResult
     from distmerge.plan import Plan
+    from distmerge.run import MergeResult
 
 __version__ = "0.1.0"
 __all__ = ["AdapterChoice", "DistmergeError", "MergeConfig", "merge", "plan", "verify"]
@@ -51,7 +51,7 @@ def plan(config: MergeConfig) -> Plan:
 
 def merge(config: MergeConfig) -> MergeResult:
     """Merges as `config` says, on as many ranks as it says; on return the output is published."""
-    from distmerge.merge import run
+    from distmerge.run import run
 
     return run(config)
 

@@ -181,7 +181,7 @@ def merge_command(as_json: bool, **values: Any) -> None:
       torchrun --nproc-per-node 8 -m distmerge merge --config recipe.yaml
     """
     config = _config(values)
-    from distmerge.merge import run  # torch takes seconds
+    from distmerge.run import run  # torch takes seconds
     from distmerge.world import launched_here
 
     result = run(config)
@@ -196,7 +196,8 @@ def merge_command(as_json: bool, **values: Any) -> None:
 def plan_command(as_json: bool, **values: Any) -> None:
     """Show what a merge with the same options would do; write nothing.
 
-    Reads headers, and the adapters once. Refuses what merge would refuse, with the same words and exit code.
+    Reads headers, and the adapters whole. Refuses what merge would refuse, with the same words and exit code; that the
+    disk is too small is a warning here.
 
     \b
     Example:

@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 from distmerge.claim import claims
 from distmerge.config import MergeConfig
-from distmerge.errors import InputError, Interrupted, PeerFailed, VerifyError, printable
-from distmerge.parent import launched
+from distmerge.errors import InputError, printable
 from distmerge.plan import Plan, make_plan
 from distmerge.progress import Display, Snapshot, clock, gigabytes
 from distmerge.publish import check_output, is_published, publish
-from distmerge.receipt import read_receipt
 from distmerge.share import Records, Share
 from distmerge.verify import check_headers, check_records
 from distmerge.work import WorkFolder
-from distmerge.world import World, default_nproc, launch, launched_here
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeResult:
-    """A published merge: its folder, the adapter tensors in its ledger, its files and their bytes, and the seconds
-    that this call took."""
-
-    output: Path
-    num_adapter_tensors: int
-    num_files: int
-    nbytes: int
-    seconds: float
+from distmerge.world import World
 
 
 def merge(config: MergeConfig, work: WorkFolder, world: World, display: Display) -> None:
@@ -54,44 +39,6 @@ def merge(config: MergeConfig, work: WorkFolder, world: World, display: Display)
         gathered = world.collect("records", share.records().to_json())  # gather
     world.first("publish", lambda: _publish(config, plan, work, gathered, display))  # verify, publish
     display.say(_closing(config, plan, time.monotonic() - started))
-
-
-def run(config: MergeConfig) -> MergeResult:
-    """Merges as `config` says: as one rank under torchrun, on `config.nproc` new ranks of this machine, or in this
-    process alone. Raises the errors of `merge`; of several ranks only the first to fail raises it with words."""
-    started = time.monotonic()
-    if not launched() and (nproc := config.nproc or default_nproc(config.device)) > 1:
-        if exit_code := launch(nproc, ["merge", *config.to_argv()]):
-            raise PeerFailed("a rank has failed", exit_code=exit_code)
-    else:
-        _run_rank(config)
-    receipt = read_receipt(config.output)
-    if receipt is None:
-        raise VerifyError("the output is gone", where=str(config.output))
-    return MergeResult(
-        output=config.output,
-        num_adapter_tensors=len(receipt.ledger),
-        num_files=len(receipt.files),
-        nbytes=sum(file.bytes for file in receipt.files.values()),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _run_rank(config: MergeConfig) -> None:
-    world = World.join(timeout=config.timeout)
-    with WorkFolder(config.output) as work:
-        try:
-            with world.interruptible():
-                merge(config, work, world, Display(quiet=world.place.rank != 0))
-        except BaseException as error:
-            speaks, exit_code = world.fail(error), getattr(error, "exit_code", 1)
-            # Every rank writes it: rank 0 showed progress there until it noticed.
-            work.write_status({"state": "failed", "exit_code": exit_code, "error": world.failure() or str(error)})
-            if not speaks or (isinstance(error, Interrupted) and launched_here()):
-                raise PeerFailed("another rank has failed", exit_code=exit_code) from error
-            raise
-        finally:
-            world.leave()
 
 
 def _plan(config: MergeConfig, work: WorkFolder, world: World, display: Display, device: str) -> str | None:

@@ -63,7 +63,7 @@ def plan_table(facts: dict[str, Any]) -> str:
     if facts["config_changed"]:
         rows.append(("config", "config.json is made true to the weights"))
     rows.append(("device", f"{facts['device']}, {facts['ranks']} ranks, {facts['lanes_per_rank']} lanes each"))
-    memory = f"{gigabytes(facts['memory_per_rank'])} of buffers for each rank"
+    memory = f"{gigabytes(facts['memory_per_rank'])} of buffers for each rank, beside what torch takes"
     if facts["device_memory_per_rank"]:
         memory += f", {gigabytes(facts['device_memory_per_rank'])} on its device"
     rows.append(("memory", memory))

@@ -27,6 +27,7 @@ LAYERS = [
     ["layout", "plan", "reader", "stream"],
     ["claim", "work", "verify", "receipt", "report", "publish", "share"],
     ["merge", "audit", "inspection", "demo"],
+    ["run"],
     ["cli"],
     ["__main__"],
 ]

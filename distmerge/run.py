@@ -1,0 +1,66 @@
+"""How a merge is started and ended: on which processes, with which signals, and who speaks when it fails."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from distmerge.config import MergeConfig
+from distmerge.errors import Interrupted, PeerFailed, VerifyError
+from distmerge.merge import merge
+from distmerge.parent import launched
+from distmerge.progress import Display
+from distmerge.receipt import read_receipt
+from distmerge.work import WorkFolder
+from distmerge.world import World, default_nproc, launch, launched_here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeResult:
+    """A published merge: its folder, the adapter tensors in its ledger, its files and their bytes, and the seconds
+    that this call took."""
+
+    output: Path
+    num_adapter_tensors: int
+    num_files: int
+    nbytes: int
+    seconds: float
+
+
+def run(config: MergeConfig) -> MergeResult:
+    """Merges as `config` says: as one rank under torchrun, on `config.nproc` new ranks of this machine, or in this
+    process alone. Raises the errors of `merge`; of several ranks only the first to fail raises it with words."""
+    started = time.monotonic()
+    if not launched() and (nproc := config.nproc or default_nproc(config.device)) > 1:
+        if exit_code := launch(nproc, ["merge", *config.to_argv()]):
+            raise PeerFailed("a rank has failed", exit_code=exit_code)
+    else:
+        _run_rank(config)
+    receipt = read_receipt(config.output)
+    if receipt is None:
+        raise VerifyError("the output is gone", where=str(config.output))
+    return MergeResult(
+        output=config.output,
+        num_adapter_tensors=len(receipt.ledger),
+        num_files=len(receipt.files),
+        nbytes=sum(file.bytes for file in receipt.files.values()),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _run_rank(config: MergeConfig) -> None:
+    world = World.join(timeout=config.timeout)
+    with WorkFolder(config.output) as work:
+        try:
+            with world.interruptible():
+                merge(config, work, world, Display(quiet=world.place.rank != 0))
+        except BaseException as error:
+            speaks, exit_code = world.fail(error), getattr(error, "exit_code", 1)
+            # Every rank writes it: rank 0 showed progress there until it noticed.
+            work.write_status({"state": "failed", "exit_code": exit_code, "error": world.failure() or str(error)})
+            if not speaks or (isinstance(error, Interrupted) and launched_here()):
+                raise PeerFailed("another rank has failed", exit_code=exit_code) from error
+            raise
+        finally:
+            world.leave()
