@@ -130,7 +130,7 @@ class Display:
                     for rank, (nbytes, doing) in enumerate(snapshot.ranks[: max(1, console.height - 4)])
                 ]
                 filled = _BAR_WIDTH * snapshot.nbytes // max(1, snapshot.nbytes_total)
-                bar = Text("━" * filled, style="cyan") + Text("━" * (_BAR_WIDTH - filled), style="dim")
+                bar = Text("━" * filled, style="cyan") + Text("─" * (_BAR_WIDTH - filled), style="dim")
                 live.update(Group(Text(snapshot.line()), bar, *rows))
 
             yield update
