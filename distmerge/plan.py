@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from distmerge import __version__
-from distmerge.adapter.peft_adapter import Adapter, read_adapter
+from distmerge.adapter.peft_adapter import WEIGHTS, Adapter, read_adapter
 from distmerge.adapter.resolve import Delta, resolve, untouched_targets
 from distmerge.checkpoint.base import INDEX, RECEIPT, Base, FileMark, folder_name, read_base
 from distmerge.checkpoint.formats import Stored
@@ -36,8 +36,8 @@ class PlannedAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every task of a run and where its bytes go. Names no absolute path, rank or time: equal inputs and options give
-    an equal plan anywhere."""
+    """Every task of a run and where its bytes go. Names no absolute path and no rank: equal inputs and options give an
+    equal plan. The times of the base's files belong to the inputs, since a header does not show that data changed."""
 
     fingerprint: dict[str, str]
     base_files: tuple[FileMark, ...]
@@ -138,7 +138,12 @@ def make_plan(config: MergeConfig, device: str) -> Plan:
         files=files,
         tasks=tasks,
         segments=cut_segments(tasks),
-        side_files=find_side_files(base.folder, tuple(adapter.folder for adapter in adapters), made),
+        side_files=find_side_files(
+            base.folder,
+            tuple(adapter.folder for adapter in adapters),
+            weights=(tuple(mark.name for mark in base.files), *((WEIGHTS,) for _ in adapters)),
+            made=made,
+        ),
         config_json=config_json.decode() if config_json is not None else None,
         warnings=tuple(warnings),
     )

@@ -38,9 +38,14 @@ class SideFile:
     sha256: str
 
 
-def find_side_files(base: Path, adapters: tuple[Path, ...], made: set[str]) -> tuple[SideFile, ...]:
+def find_side_files(
+    base: Path, adapters: tuple[Path, ...], *, weights: tuple[tuple[str, ...], ...], made: set[str]
+) -> tuple[SideFile, ...]:
     """Every file that goes into the output unchanged, by name: those of the base, overlaid by tokenizer and template
-    files of the adapters in their order, but for the names in `made`, which the merge writes itself."""
+    files of the adapters in their order, but for the names in `made`, which the merge writes itself.
+
+    `weights` are the weight files of the base and of each adapter. Raises InputError for a link that leads elsewhere
+    than to the folder or to where its weights are."""
     chosen = {name: 0 for name in _walk(base) if name not in made and not _is_weight(name)}
     for number, folder in enumerate(adapters, start=1):
         for name in _walk(folder):
@@ -50,7 +55,7 @@ def find_side_files(base: Path, adapters: tuple[Path, ...], made: set[str]) -> t
         raise InputError("is a folder where the output has a file", where=str(base / taken[0].split("/")[0]))
     folders = (base, *adapters)
     files = []
-    homes = [_homes(folder) for folder in folders]
+    homes = [_homes(folder, names) for folder, names in zip(folders, weights, strict=True)]
     for name, source in sorted(chosen.items()):
         path = folders[source] / name
         _check_inside(folders[source], name, homes[source])
@@ -123,9 +128,9 @@ def _check_inside(folder: Path, name: str, homes: set[Path]) -> None:
         )
 
 
-def _homes(folder: Path) -> set[Path]:
+def _homes(folder: Path, weights: tuple[str, ...]) -> set[Path]:
     """Where files of `folder` may lie: in it, beside its weights, or in the repository of a Hugging Face cache."""
-    homes = {folder.resolve(), *(path.resolve().parent for path in folder.glob("*.safetensors"))}
+    homes = {folder.resolve(), *((folder / name).resolve().parent for name in weights)}
     if folder.resolve().parent.name == "snapshots":
         homes.add(folder.resolve().parent.parent)
     return homes

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import distmerge
 from tests.attacks.scene import Scene, failure
+from tests.conftest import tree
 from tests.factories import edit_json, hub_snapshot, load_folder
 
 INDEX = "model.safetensors.index.json"
@@ -292,3 +293,14 @@ def test_nan_in_the_base_where_a_delta_goes_is_a_failed_verification(scene: Scen
         scene.merge()
     assert (caught.value.exit_code, caught.value.where) == (4, name)
     assert not scene.output.exists()
+
+
+def test_a_single_file_beside_an_index_that_names_only_it_is_accepted(scene: Scene) -> None:
+    path = scene.single()
+    scene.merge()
+    weight_map = dict.fromkeys(load_file(path), path.name)
+    scene.index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    scene.merge(output=scene.folder / "again")
+    assert tree(scene.folder / "again") == tree(scene.output)
+    scene.spoil_weight_map(lambda weight_map: {**weight_map, "lm_head.weight": "model-00001-of-00001.safetensors"})
+    scene.refuse("model.safetensors", INDEX, output=scene.folder / "third", hint="move")

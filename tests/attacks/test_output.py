@@ -17,6 +17,7 @@ import distmerge
 from distmerge import AdapterChoice
 from distmerge.errors import InputError, MachineError, UsageError
 from distmerge.plan import make_plan
+from distmerge.publish import check_output
 from distmerge.work import WorkFolder
 from tests.attacks.scene import Scene, crafted, failure, header_of, traces
 from tests.conftest import environment, tree
@@ -441,3 +442,14 @@ def test_a_folder_name_that_is_no_utf_8_is_an_input_or_refused(scene: Scene) -> 
     shutil.move(scene.adapter, renamed)
     error = failure(lambda: scene.merge(adapters=(renamed,)))
     assert error is None or (error.exit_code == 3 and "lora" in str(error))
+
+
+@pytest.mark.parametrize("place", ["/dev/shm", "/proc", "/"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_mount_point_is_refused_before_anything_is_read(scene: Scene, place: str, overwrite: bool) -> None:
+    if not os.path.ismount(place):
+        pytest.skip(f"{place} is no mount point here")
+    nowhere = scene.folder / "nowhere"
+    with pytest.raises(InputError, match="is a mount point" if place != "/" else "is no name") as caught:
+        check_output(scene.config(output=Path(place), base=nowhere, adapters=(nowhere,), overwrite=overwrite))
+    assert caught.value.exit_code == 3

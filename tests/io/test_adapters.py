@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distmerge.adapter.peft_adapter import read_adapter
 from tests import oracles
-from tests.factories import LINEARS, load_folder, merge, rewrite_adapter, save_adapter
+from tests.factories import LINEARS, load_folder, merge, rewrite_adapter, save_adapter, write_adapter
 
 TOKENS = torch.tensor([[5, 17, 3, 90, 41, 2, 66, 8], [1, 2, 3, 4, 5, 6, 7, 95]])
 
@@ -150,3 +151,11 @@ def test_a_merged_packed_base_loads_in_its_own_dtype(merged_nf4: Path) -> None:
     assert not info["unexpected_keys"]
     assert model.dtype == torch.bfloat16
     assert json.loads((merged_nf4 / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_an_adapter_that_names_each_of_2000_modules_in_its_patterns_is_read(tmp_path: Path) -> None:
+    ranks = {f"model.layers.{number // 8}.experts.{number % 8}.up_proj": 1 + number % 3 for number in range(2000)}
+    pairs = {module: (torch.ones(r, 2), torch.ones(2, r)) for module, r in ranks.items()}
+    patterns = {"rank_pattern": ranks, "alpha_pattern": {module: 2.0 * r for module, r in ranks.items()}}
+    lora = read_adapter(write_adapter(tmp_path / "lora", pairs, **patterns), lora_alpha=None)
+    assert len(lora.pairs) == 2000

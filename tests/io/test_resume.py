@@ -14,7 +14,7 @@ from distmerge.errors import InputError, Interrupted
 from distmerge.plan import Plan, make_plan
 from distmerge.stream import Stream
 from distmerge.work import ShardRecord, WorkFolder
-from tests.conftest import tree
+from tests.conftest import Command, tree
 from tests.factories import edit_json, merge
 
 
@@ -187,3 +187,60 @@ def test_a_manifest_that_is_damaged_is_refused_and_not_a_crash(
     path.write_text(json.dumps({**whole, "plan": plan}))
     with pytest.raises(InputError, match="holds an unfinished merge"):
         merge(base, adapter, half.output)
+
+
+def test_a_merge_that_another_one_overtakes_is_refused_and_leaves_its_output_alone(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, opened, published = tmp_path / "out", WorkFolder.open, {}
+
+    def overtaken(self: WorkFolder, plan: Plan) -> str:
+        monkeypatch.setattr(WorkFolder, "open", opened)
+        published.update(tree(merge(base, adapter, out, dtype="float32")))
+        return self.open(plan)
+
+    monkeypatch.setattr(WorkFolder, "open", overtaken)
+    with pytest.raises(InputError, match="holds the result of another merge"):
+        merge(base, adapter, out)
+    assert tree(tmp_path) == {f"out/{name}": digest for name, digest in published.items()}
+
+
+def test_a_merge_that_its_equal_overtakes_is_done(
+    base: Path, adapter: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, opened = tmp_path / "out", WorkFolder.open
+
+    def overtaken(self: WorkFolder, plan: Plan) -> str:
+        monkeypatch.setattr(WorkFolder, "open", opened)
+        merge(base, adapter, out)
+        return self.open(plan)
+
+    monkeypatch.setattr(WorkFolder, "open", overtaken)
+    merge(base, adapter, out)
+    assert tree(out) == tree(merged)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_refused_merge_leaves_the_whole_work_folder_of_the_other_as_it_was(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=2)
+    half.work.write_status({"state": "merging", "exit_code": None})
+    before = tree(half.work.path)
+    with pytest.raises(InputError, match="holds an unfinished merge"):
+        merge(base, adapter, half.output, dtype="float32")
+    assert tree(half.work.path) == before
+    assert json.loads((half.work.path / "status.json").read_text())["state"] == "merging"
+
+
+def test_plan_refuses_what_merge_refuses_for_an_unfinished_merge(
+    base: Path, adapter: Path, tmp_path: Path, distmerge: Command
+) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=2)
+    before = tree(tmp_path)
+    args = ("--base", base, "--adapter", adapter, "--output", half.output, "--device", "cpu")
+    told = [distmerge(verb, *args, "--dtype", "float32", code=3).stderr for verb in ("plan", "merge")]
+    assert told[0].split("error: ")[1] == told[1].split("error: ")[1]
+    assert "holds an unfinished merge" in told[0]
+    distmerge("plan", *args)
+    assert tree(tmp_path) == before

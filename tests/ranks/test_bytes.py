@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests import factories
-from tests.conftest import Command, tree
+from tests.conftest import Command, environment, tree
 from tests.ranks.conftest import Undisturbed
 from tests.ranks.launching import launch
 
@@ -62,3 +64,16 @@ def test_a_second_run_of_the_same_command_leaves_the_output_alone(
     again = torchrun(*args, nproc=2)
     assert again.stderr.count("holds the result of this merge already") == 1
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_variables_do_not_change_what_a_call_from_python_writes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    expected = factories.merge(base, adapter, tmp_path / "out1")
+    call = (
+        "import sys; from pathlib import Path; from distmerge import AdapterChoice, MergeConfig, merge; "
+        "base, lora, out = map(Path, sys.argv[1:]); "
+        "merge(MergeConfig(base=base, adapters=(AdapterChoice(folder=lora),), output=out, nproc=2, device='cpu'))"
+    )
+    variables = environment(DISTMERGE_MAX_SHARD_SIZE="30KB", DISTMERGE_DTYPE="float32", DISTMERGE_OVERWRITE="1")
+    command = [sys.executable, "-c", call, str(base), str(adapter), str(tmp_path / "out2")]
+    subprocess.run(command, check=True, timeout=240, env=variables)
+    assert tree(tmp_path / "out2") == tree(expected)

@@ -145,3 +145,18 @@ def test_a_rank_that_hangs_is_named_with_its_host_and_ends_the_others(
     assert len(errors(running.stderr)) == 1, running.stderr
     expected = f"error: rank {silent} on {socket.gethostname()}: no sign of life for 5 s"
     assert errors(running.stderr)[0].startswith(expected)
+
+
+def test_a_rank_that_sees_another_adapter_ends_all_and_publishes_nothing(base: Path, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        factories.save_adapter(tmp_path / f"rank{rank}" / "lora", seed=rank)
+    output = tmp_path / "merged"
+    args = f'--base {base} --adapter {tmp_path}/rank"$RANK"/lora --output {output} --device cpu'
+    (tmp_path / "wrapper.sh").write_text(f"exec {sys.executable} -m distmerge merge {args}\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"]
+    command = [*torchrun, "bash", str(tmp_path / "wrapper.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment(), check=False)
+    assert done.returncode != 0
+    assert len(errors(done.stderr)) == 1, done.stderr
+    assert str(tmp_path / "rank1" / "lora") in errors(done.stderr)[0]
+    assert not output.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from distmerge.adapter.patterns import PatternTable
 from distmerge.adapter.peft_config import LoraConfig, read_config
 from distmerge.errors import InputError
 
@@ -161,3 +163,22 @@ def test_a_layers_pattern_that_is_no_regular_expression_is_refused(folder: Path,
 def test_what_would_change_the_arithmetic_is_refused_by_name(folder: Path, fields: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         written(folder, **fields)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+_KEYS = st.text("ab.q_1|*", max_size=6).filter(_compiles)
+
+
+@settings(max_examples=500)
+@example(patterns={"q": 1, "a.q": 2, "a_q": 3, "1": 4, "a.": 5, ".q": 6}, module="b.a_q")
+@given(patterns=st.dictionaries(_KEYS, st.integers(1, 64), max_size=6), module=st.text("ab.q_1", max_size=10))
+def test_a_table_of_patterns_gives_what_matching_each_in_turn_gives(patterns: dict[str, int], module: str) -> None:
+    matching = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
+    assert PatternTable(patterns).values(module) == matching
