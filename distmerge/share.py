@@ -157,6 +157,7 @@ def _check_alike(plan: Plan, config: MergeConfig, device: torch.device) -> None:
 
 
 def wanted_lanes(local_size: int) -> int:
-    """Lanes that keep this rank's part of the machine's cores busy while some of them wait for the disk."""
+    """One lane for each core of this rank's part of the machine: more of them only push each other out of the caches.
+    A rank on its own has two at least, so that one can compute while the other waits for the disk."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores // local_size + 1, _MAX_LANES)
+    return min(max(cores // local_size, 2 if local_size == 1 else 1), _MAX_LANES)
