@@ -11,7 +11,7 @@ from typing import Any
 
 from distmerge.checkpoint.formats import Stored, group
 from distmerge.checkpoint.header import TensorSpec, read_header
-from distmerge.errors import InputError, listing, printable, shown
+from distmerge.errors import InputError, MachineError, listing, printable, shown
 from distmerge.storage.files import read_range
 from distmerge.storage.strict_json import read_object
 
@@ -90,12 +90,17 @@ def nested_configs(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_mark(path: Path, mark: FileMark) -> None:
-    """Raises InputError if the file at `path` is not the one that was planned with, by its length and header. Its time
-    does not count: copies on other nodes have their own."""
-    header = read_header(path)
-    if path.stat().st_size != mark.nbytes or hashlib.sha256(header.raw).hexdigest() != mark.header_sha256:
-        raise InputError(
-            "is not the file that the merge was planned with",
+    """Raises MachineError if the file at `path` is not the one that was planned with, by its length and header. Its
+    time does not count: copies on other nodes have their own."""
+    try:
+        header = read_header(path)
+        same = path.stat().st_size == mark.nbytes and hashlib.sha256(header.raw).hexdigest() == mark.header_sha256
+        what = "is not the file that the merge was planned with"
+    except InputError as error:
+        same, what = False, f"is no longer the file that the merge was planned with: {error.what}"
+    if not same:
+        raise MachineError(
+            what,
             where=str(path),
             hint="every rank must see the same base, and nothing may change it while it is read",
         )

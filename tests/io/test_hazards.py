@@ -15,7 +15,7 @@ from torch import Tensor
 
 import distmerge
 from distmerge import AdapterChoice, MergeConfig
-from distmerge.errors import InputError, VerifyError
+from distmerge.errors import MachineError, VerifyError
 from distmerge.plan import Plan
 from distmerge.reader import Reader
 from distmerge.work import ShardRecord, WorkFolder
@@ -113,6 +113,6 @@ def test_a_base_file_of_the_same_length_and_another_header_is_not_read(tmp_path:
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b"model.norm", b"model.mron"))
     reader = Reader(plan, base, (lora,), torch.device("cpu"))
-    with pytest.raises(InputError, match="not the file that the merge was planned with") as caught:
+    with pytest.raises(MachineError, match="not the file that the merge was planned with") as caught:
         reader.read(plan.tasks[0].source.data, 0, memoryview(bytearray(2)))
     assert caught.value.where == str(path)
