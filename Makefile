@@ -27,6 +27,8 @@ check: $(VENV)/dev
 
 docs: $(VENV)/dev
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_formats.py
+	$(BIN)/python docs/make_matrix.py
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/bench.py

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -15,16 +16,15 @@ from distmerge.checkpoint.header import ITEMSIZE, TensorSpec, read_header
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.errors import InputError, VerifyError, listing, printable
 from distmerge.layout import Task
+from distmerge.numerics.combine import find_thresholds, histograms
 from distmerge.numerics.dtypes import torch_dtype
+from distmerge.numerics.noise import recompute, recompute_combined
 from distmerge.numerics.rounding import Distance, distance
 from distmerge.plan import Plan, make_plan
 from distmerge.reader import Reader
-from distmerge.receipt import FileEntry, Receipt, ledger_keys, read_receipt
+from distmerge.receipt import FileEntry, Receipt, ledger_key, read_receipt
 from distmerge.storage.files import open_input, read_exact, sha256_of
 from distmerge.storage.strict_json import read_object
-
-_FLOAT32_NOISE = 2.0**-24
-_FLOAT32_SMALLEST = 2.0**-149
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def audit(
         raise InputError(f"holds no {RECEIPT}", where=str(output), hint="verify takes the output of a merge")
     nbytes = _check_files(output, receipt.files, tick)
     tensors = _check_index(output, receipt.files)
-    targets = {entry.tensor for entry in receipt.ledger.values()}
+    targets = {name for entry in receipt.ledger.values() for name in entry.tensors}
     if lost := sorted(targets - tensors.keys()):
         raise VerifyError(f"the ledger names tensors that are not there: {listing(lost)}", where=str(output / RECEIPT))
     if len(receipt.ledger) != sum(adapter.num_tensors for adapter in receipt.adapters):
@@ -146,7 +146,14 @@ def _config(receipt: Receipt, output: Path, base: Path, adapters: tuple[AdapterC
         memory_budget=1 << 62,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
+        combine=options.combine,
+        density=options.density,
+        seed=options.seed,
         lora_alpha=options.lora_alpha,
+        use_rslora=options.use_rslora,
+        map=options.map,
+        expert_b_order=options.expert_b_order,
+        allow_pickle=options.allow_pickle,
         allow_zero_delta=options.allow_zero_delta,
     )
 
@@ -156,8 +163,11 @@ def _recompute(
 ) -> Recomputed:
     plan = make_plan(config, "cpu")
     _check_same_inputs(plan, receipt)
-    went = {key: task.name for task in plan.tasks for delta in task.deltas for key in ledger_keys(plan, delta)}
-    if went != {key: entry.tensor for key, entry in receipt.ledger.items()}:
+    went: dict[str, set[str]] = {}
+    for task in plan.tasks:
+        for owner, key in task.adapter_keys:
+            went.setdefault(ledger_key(plan, owner, key), set()).add(task.name)
+    if went != {key: set(entry.tensors) for key, entry in receipt.ledger.items()}:
         raise VerifyError("the ledger is not that of these adapters", where=str(config.output / RECEIPT))
     planned = {task.name: (task.dtype, task.source.shape) for task in plan.tasks}
     if planned != {name: (spec.dtype, spec.shape) for name, spec in tensors.items()}:
@@ -198,9 +208,9 @@ class _Pairs:
 
     def __init__(self, plan: Plan, config: MergeConfig, tensors: dict[str, TensorSpec]) -> None:
         self._reader = Reader(
-            plan, config.base, tuple(adapter.folder for adapter in config.adapters), torch.device("cpu")
+            plan, config.base, tuple(adapter.home for adapter in config.all_adapters), torch.device("cpu")
         )
-        self._buffers = self._reader.buffers()
+        self._plan, self._buffers = plan, self._reader.buffers()
         self._output, self._tensors = config.output, tensors
         self._fds: dict[str, int] = {}
 
@@ -215,24 +225,17 @@ class _Pairs:
     def compare(self, task: Task) -> Distance | None:
         """The distance of a merged tensor from float64. Raises VerifyError where it is beyond half an ulp plus the
         noise of float32, and where a tensor that is not merged differs at all."""
-        if not task.deltas:
+        if not task.changes:
             self._compare_exactly(task)
             return None
-        factors = [(f.a.double(), f.b.double() * f.scaling) for f in self._reader.load_factors(task)]
+        again = self._recomputed(task)
         found = []
         for number in range(task.num_blocks):
             first, last = task.block(number)
-            base = self._reader.read_dense(self._buffers, task.source, first, last).double()
-            oracle, magnitude = base.clone(), base.abs()
-            top, left = divmod(first, task.row_numel)
-            rows, cols = max(1, (last - first) // task.row_numel), min(last - first, task.row_numel)
-            for a, b in factors:
-                part_a, part_b = a[:, left : left + cols], b[top : top + rows]
-                oracle += (part_b @ part_a).view(-1)
-                magnitude += (part_b.abs() @ part_a.abs()).view(-1)
-            depth = 3 + len(factors) + sum(len(a) for a, _ in factors)
+            base = self._reader.read_dense(self._buffers, task.source, first, last, origin=task.origin).double()
+            oracle, noise = again(base, number)
             stored = self._stored(task, first, last)
-            result = distance(stored, oracle, depth * (magnitude * _FLOAT32_NOISE + _FLOAT32_SMALLEST))
+            result = distance(stored, oracle, noise)
             if result.num_beyond:
                 raise VerifyError(
                     f"{result.num_beyond} elements near {first} are not base + delta ({result.max_ulp:.3g} ulp off)",
@@ -246,16 +249,36 @@ class _Pairs:
             num_beyond=0,
         )
 
+    def _recomputed(self, task: Task) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        """What gives the float64 values of a block of `task`, and their noise, from the base's values."""
+        if self._plan.combine.is_sum:
+            changes = self._reader.load_changes(task, torch.float64)
+            return lambda base, block: recompute(base, changes, first=task.block(block)[0], row_numel=task.row_numel)
+        combination = self._reader.load_combination(task)
+        if self._plan.combine.prunes:
+
+            def counted(uppers: tuple[int, ...] | None) -> Tensor:
+                blocks = (task.block(number) for number in range(task.num_blocks))
+                deltas = (self._reader.read_deltas(self._buffers, task, *b, combination.parts) for b in blocks)
+                return reduce(torch.add, (histograms(each, uppers) for each in deltas))
+
+            thresholds = find_thresholds(task.source.numel, combination, counted)
+            combination = replace(combination, thresholds=thresholds)
+        wide = self._reader.load_parts(task, torch.float64)
+        return lambda base, block: recompute_combined(
+            base, combination, wide, block=block, first=task.block(block)[0], row_numel=task.row_numel
+        )
+
     def _compare_exactly(self, task: Task) -> None:
         for number in range(task.num_blocks):
             first, last = task.block(number)
             if task.kind == "copy":
                 size = ITEMSIZE[task.dtype]
                 expected = bytearray((last - first) * size)
-                self._reader.read(task.source.data, first * size, memoryview(expected))
+                self._reader.read(task.source.data, first * size, memoryview(expected), origin=task.origin)
                 same = self._bytes(task, first, last) == expected
             else:
-                base = self._reader.read_dense(self._buffers, task.source, first, last)
+                base = self._reader.read_dense(self._buffers, task.source, first, last, origin=task.origin)
                 cast = base.to(torch_dtype(task.dtype)).view(torch.uint8)  # as bytes, since NaN equals nothing
                 same = torch.equal(torch.frombuffer(self._bytes(task, first, last), dtype=torch.uint8), cast)
             if not same:

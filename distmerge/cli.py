@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distmerge import __version__
-from distmerge.config import DTYPES, LISTS, AdapterChoice, MergeConfig, parse_nbytes, read_recipe
+from distmerge.config import (
+    COMBINE,
+    DTYPES,
+    EXPERT_B_ORDERS,
+    LISTS,
+    AdapterChoice,
+    MergeConfig,
+    parse_nbytes,
+    read_recipe,
+)
 from distmerge.errors import DistmergeError, MachineError, PeerFailed, UsageError
 from distmerge.parent import die_with_parent, launched
 
@@ -75,6 +84,7 @@ _YAML_TYPES: dict[type, tuple[type, ...]] = {
     _NBytes: (str, int),
     _Nproc: (str, int),
     click.types.FloatParamType: (float, int),
+    click.types.IntParamType: (int,),
 }
 
 
@@ -86,10 +96,47 @@ def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
 def _merge_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that `merge` and `plan` share: everything that decides the output."""
-    options = [
+    for option in reversed([*_input_options(), *_run_options()]):
+        command = option(command)
+    return command
+
+
+def _input_options() -> list[Callable[[Any], Any]]:
+    return [
         _option("--base", type=_FOLDER, required=True, help="Folder of the checkpoint that is merged into."),
         _option("--adapter", type=_FOLDER, multiple=True, required=True, help="Folder of an adapter; repeatable."),
         _option("--weight", type=float, multiple=True, help="Factor of the adapter at the same place.  [default: 1]"),
+        _option(
+            "--combine",
+            type=click.Choice(COMBINE),
+            default="sum",
+            show_default=True,
+            help="How the adapters' deltas become one; all but sum need --density.",
+        ),
+        _option("--density", type=float, help="Share of each delta's elements that is kept, above 0 and up to 1."),
+        _option("--seed", type=int, default=0, show_default=True, help="What chance goes by in dare_*."),
+        _option("--lora-alpha", type=float, help="Replaces lora_alpha of the adapters' configurations."),
+        _option("--use-rslora/--no-use-rslora", default=None, help="Replaces use_rslora of the configurations."),
+        _option(
+            "--initial-adapter",
+            type=str,
+            multiple=True,
+            help="The adapter at the same place as it was before training, for PiSSA, CorDA, LoRA-GA; '' for none.",
+        ),
+        _option("--map", multiple=True, help="Rename adapter parameters: 'REGEX=>REPLACEMENT'; repeatable, in order."),
+        _option(
+            "--expert-b-order",
+            type=click.Choice(EXPERT_B_ORDERS),
+            default="auto",
+            show_default=True,
+            help="Columns of experts' lora_B: PEFT's order, or expert by expert (Unsloth's kernels).",
+        ),
+        _option("--allow-pickle", is_flag=True, help="Read adapters in .bin or .pt files, in a process of their own."),
+    ]
+
+
+def _run_options() -> list[Callable[[Any], Any]]:
+    return [
         _option("--output", type=_FOLDER, required=True, help="Folder of the merged checkpoint; must not exist yet."),
         _option("--nproc", type=_Nproc(), help="Ranks to start on this machine; auto: one for each accelerator."),
         _option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another accelerator type."),
@@ -112,7 +159,6 @@ def _merge_options(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="Working memory of each rank, beside what torch takes.",
         ),
-        _option("--lora-alpha", type=float, help="Replaces lora_alpha of the adapters' configurations."),
         _option("--allow-zero-delta", is_flag=True, help="Merge even if every delta is zero."),
         _option("--overwrite", is_flag=True, help="Replace an output that an earlier merge wrote."),
         _option("--timeout", type=float, default=600.0, show_default=True, help="Seconds until a silent rank is lost."),
@@ -127,9 +173,6 @@ def _merge_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         _option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @contextlib.contextmanager
@@ -154,8 +197,20 @@ def _checked_config(values: dict[str, Any]) -> MergeConfig:
         raise UsageError(
             f"{len(adapters)} adapters but {len(weights)} weights", hint="give each --adapter its --weight, or none"
         )
-    choices = zip(adapters, weights or [1.0] * len(adapters), strict=True)
-    return MergeConfig(adapters=tuple(AdapterChoice(folder=f, weight=w) for f, w in choices), **values)
+    return MergeConfig(adapters=_choices(adapters, weights, values.pop("initial_adapter")), **values)
+
+
+def _choices(
+    adapters: tuple[Path, ...], weights: tuple[float, ...], initial: tuple[str, ...]
+) -> tuple[AdapterChoice, ...]:
+    if initial and len(initial) != len(adapters):
+        raise UsageError(
+            f"{len(adapters)} adapters but {len(initial)} initial adapters",
+            hint="give each --adapter its --initial-adapter ('' for none), or none at all",
+        )
+    befores = [Path(name) if name else None for name in initial] or [None] * len(adapters)
+    chosen = zip(adapters, weights or [1.0] * len(adapters), befores, strict=True)
+    return tuple(AdapterChoice(folder=f, weight=w, initial=i) for f, w, i in chosen)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -222,9 +277,16 @@ def plan_command(as_json: bool, **values: Any) -> None:
 @click.option("--base", type=_FOLDER, help="The base: recompute every tensor from it in float64.")
 @click.option("--adapter", type=_FOLDER, multiple=True, help="The adapters, in the order of the merge.")
 @click.option("--weight", type=float, multiple=True, help="Their weights.  [default: 1]")
+@click.option("--initial-adapter", type=str, multiple=True, help="What they began as, where the merge was given it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def verify_command(
-    output: Path, base: Path | None, adapter: tuple[Path, ...], weight: tuple[float, ...], as_json: bool
+    output: Path,
+    base: Path | None,
+    *,
+    adapter: tuple[Path, ...],
+    weight: tuple[float, ...],
+    initial_adapter: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Check a merged checkpoint: digests, headers, index and ledger.
 
@@ -240,8 +302,7 @@ def verify_command(
         raise UsageError(f"{len(adapter)} adapters but {len(weight)} weights")
     import distmerge
 
-    choices = zip(adapter, weight or [1.0] * len(adapter), strict=True)
-    found = distmerge.verify(output, base=base, adapters=tuple(AdapterChoice(folder=f, weight=w) for f, w in choices))
+    found = distmerge.verify(output, base=base, adapters=_choices(adapter, weight, initial_adapter))
     _print(json.dumps(asdict(found)) if as_json else _render_audit(found))
 
 

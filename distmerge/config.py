@@ -13,7 +13,9 @@ from distmerge.errors import UsageError, printable, shown
 
 DTYPES = {"auto": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DEFAULT_SHARD_NBYTES = 5_000_000_000
-LISTS = ("adapter", "weight")  # options that may be given several times
+EXPERT_B_ORDERS = ("auto", "peft", "expert-major")
+COMBINE = ("sum", "ties", "dare_ties", "dare_linear", "magnitude_prune")
+LISTS = ("adapter", "weight", "initial_adapter", "map")  # options that may be given several times
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -25,6 +27,13 @@ class AdapterChoice:
 
     folder: Path
     weight: float = 1.0
+    initial: Path | None = None
+    """The adapter as it was before training, for initialisations that changed the base."""
+
+    @property
+    def home(self) -> Path:
+        """The folder that its files are named in: its own, or that of the single file."""
+        return self.folder.parent if self.folder.is_file() else self.folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +43,7 @@ class MergeConfig:
     base: Path
     """Folder of the checkpoint that is merged into."""
     adapters: tuple[AdapterChoice, ...]
-    """Adapters, summed in float32 in this order."""
+    """Adapters, combined in float32 in this order."""
     output: Path
     """Folder of the merged checkpoint; it appears whole or not at all."""
     nproc: int | None = None
@@ -47,8 +56,23 @@ class MergeConfig:
     """Largest output shard in bytes; None: a plain base keeps its own shards, a packed one gets 5 GB."""
     memory_budget: int = 2 << 30
     """Bytes of working memory for each rank, beside what importing torch takes."""
+    combine: str = "sum"
+    """How the adapters' deltas become one: `sum`, `ties`, `dare_ties`, `dare_linear` or `magnitude_prune`."""
+    density: float | None = None
+    """Share of each delta's elements that is kept, for every way but the sum."""
+    seed: int = 0
+    """What chance goes by in `dare_ties` and `dare_linear`."""
     lora_alpha: float | None = None
     """Replaces `lora_alpha` of every adapter's configuration."""
+    use_rslora: bool | None = None
+    """Replaces `use_rslora` of every adapter's configuration."""
+    map: tuple[str, ...] = ()
+    """Rules `REGEX=>REPLACEMENT` for the adapters' parameter names, applied in this order."""
+    expert_b_order: str = "auto"
+    """Order of the columns of experts' lora_B: `peft`, `expert-major` (Unsloth's kernels), or `auto`: PEFT's, refused
+    where that is in doubt."""
+    allow_pickle: bool = False
+    """Read adapters that are pickles, in a process of their own that can only make tensors."""
     allow_zero_delta: bool = False
     """Merge even if every delta is zero."""
     overwrite: bool = False
@@ -64,6 +88,9 @@ class MergeConfig:
                 raise UsageError(f"weight {adapter.weight} of {adapter.folder} is not a finite number other than 0")
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.expert_b_order not in EXPERT_B_ORDERS:
+            raise UsageError(f"expert-b-order {self.expert_b_order!r} is none of {', '.join(EXPERT_B_ORDERS)}")
+        self._check_combine()
         if self.nproc is not None and self.nproc < 1:
             raise UsageError(f"nproc {self.nproc} is not a positive number")
         if not 5 <= self.timeout < math.inf:
@@ -74,17 +101,56 @@ class MergeConfig:
         if self.lora_alpha is not None and (not math.isfinite(self.lora_alpha) or self.lora_alpha == 0):
             raise UsageError(f"lora-alpha {self.lora_alpha} is not a finite number other than 0")
 
+    def _check_combine(self) -> None:
+        if self.combine not in COMBINE:
+            raise UsageError(f"combine {self.combine!r} is none of {', '.join(COMBINE)}")
+        if self.combine == "sum" and self.density is not None:
+            raise UsageError(f"density {self.density} is given, but a sum keeps everything", hint="--combine ties")
+        if self.combine != "sum" and self.density is None:
+            raise UsageError(f"combine {self.combine!r} needs a density", hint="--density 0.5 keeps half of each delta")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise UsageError(f"density {self.density} is not a number above 0 and up to 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"seed {self.seed} is not a whole number from 0 on")
+        if self.seed and not self.combine.startswith("dare"):
+            raise UsageError(f"seed {self.seed} is given, but {self.combine!r} leaves nothing to chance")
+
+    @property
+    def initials(self) -> tuple[bool, ...]:
+        """For each of `all_adapters` whether it is what the one before it began as."""
+        return tuple(flag for choice in self.adapters for flag in (False, True)[: 1 + (choice.initial is not None)])
+
+    @property
+    def all_adapters(self) -> tuple[AdapterChoice, ...]:
+        """Every adapter folder that is read, with its weight: after each adapter the one that it began as, which is
+        taken off."""
+        found = []
+        for choice in self.adapters:
+            found.append(choice)
+            if choice.initial is not None:
+                found.append(AdapterChoice(folder=choice.initial, weight=-choice.weight, initial=choice.initial))
+        return tuple(found)
+
     def to_argv(self) -> list[str]:
         """The options of `distmerge merge` that mean this configuration, without --nproc."""
         argv = ["--base", str(self.base), "--output", str(self.output)]
         for adapter in self.adapters:
             argv += ["--adapter", str(adapter.folder), "--weight", repr(adapter.weight)]
+            argv += ["--initial-adapter", str(adapter.initial or "")] * any(a.initial for a in self.adapters)
         argv += ["--device", self.device, "--dtype", self.dtype, "--memory-budget", str(self.memory_budget)]
         argv += ["--timeout", repr(self.timeout)]
         if self.max_shard_size is not None:
             argv += ["--max-shard-size", str(self.max_shard_size)]
+        argv += ["--combine", self.combine, "--seed", str(self.seed)]
+        if self.density is not None:
+            argv += ["--density", repr(self.density)]
         if self.lora_alpha is not None:
             argv += ["--lora-alpha", repr(self.lora_alpha)]
+        if self.use_rslora is not None:
+            argv += ["--use-rslora" if self.use_rslora else "--no-use-rslora"]
+        for rule in self.map:
+            argv += ["--map", rule]
+        argv += ["--expert-b-order", self.expert_b_order] + ["--allow-pickle"] * self.allow_pickle
         argv += ["--allow-zero-delta"] * self.allow_zero_delta + ["--overwrite"] * self.overwrite
         return argv
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from distmerge.adapter.resolve import Delta
+from distmerge.adapter.changes import Change
 from distmerge.checkpoint.formats import Stored
-from distmerge.checkpoint.header import ITEMSIZE, build_header
+from distmerge.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 
 # The unit of reading, arithmetic and writing. It is a constant, not a share of the memory budget: the same matrix
 # products in the same shapes give the same bits, whatever the budget and the number of ranks.
 BLOCK_NUMEL = 1 << 19
+KEPT_STACKS = 2  # of experts' factors: those of the projections up and down
 _SEGMENT_NBYTES = (16 << 20, 128 << 20)
 _SEGMENTS_WANTED = 256
 
@@ -22,41 +23,68 @@ Kind = Literal["copy", "convert", "merge"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One output tensor: `kind` is `copy` (its bytes), `convert` (dequantized or cast) or `merge` (deltas added).
+class Wanted:
+    """An output tensor: `kind` is `copy` (the bytes of its source), `convert` (dequantized or cast) or `merge`
+    (changed).
 
-    Its bytes begin at byte `begin` of output file number `file`.
+    Its source lies in the base's folder, `origin` 0, or in that of adapter number `origin`, counted from 1. `also`
+    names tensors of that adapter that are the same once more, for a parameter that is tied to this one. `twin` names
+    the tensor that this one is tied and equal to, if the output holds both.
     """
 
     kind: Kind
+    name: str
     source: Stored
+    origin: int
     dtype: str
-    deltas: tuple[Delta, ...]
-    file: int
-    begin: int
-
-    @property
-    def name(self) -> str:
-        return self.source.name
+    changes: tuple[Change, ...]
+    also: tuple[str, ...] = ()
+    twin: str = ""
 
     @property
     def nbytes(self) -> int:
         return self.source.numel * ITEMSIZE[self.dtype]
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task(Wanted):
+    """An output tensor in its place: its bytes begin at byte `begin` of output file number `file`."""
+
+    file: int
+    begin: int
+
+    @property
+    def adapter_keys(self) -> tuple[tuple[int, str], ...]:
+        """The adapters' tensors that go into this one: the adapter's number from 0, and the name in its file."""
+        own = [(self.origin - 1, key) for key in (self.source.data.name, *self.also)] if self.origin else []
+        return tuple(dict.fromkeys([*own, *((c.adapter, key) for c in self.changes for key in c.keys)]))
+
     @property
     def row_numel(self) -> int:
-        """Elements of a row where deltas are added; of the whole tensor otherwise."""
-        return self.source.numel // self.source.shape[0] if self.deltas else self.source.numel
+        """Elements of a row where the tensor is changed; of the whole tensor otherwise."""
+        return self.changes[0].shape[2] if self.changes else self.source.numel
+
+    @property
+    def largest_block_numel(self) -> int:
+        """Elements that a block holds at most."""
+        return max(BLOCK_NUMEL, self.source.numel) if self._whole else BLOCK_NUMEL
+
+    @property
+    def _whole(self) -> bool:
+        return any(change.whole for change in self.changes)
 
     @property
     def stored_block_nbytes(self) -> int:
-        """Bytes of the largest block as the base stores it, companions apart."""
-        return BLOCK_NUMEL // 2 + 1 if self.source.packing else BLOCK_NUMEL * ITEMSIZE[self.source.data.dtype]
+        """Bytes of the largest block as its source stores it, companions apart."""
+        numel = self.largest_block_numel
+        return numel // 2 + 1 if self.source.packing else numel * ITEMSIZE[self.source.data.dtype]
 
     @property
     def num_blocks(self) -> int:
         if self.source.numel == 0:
             return 0
+        if self._whole:
+            return 1
         rows = self.source.numel // self.row_numel
         if self.row_numel > BLOCK_NUMEL:
             return rows * math.ceil(self.row_numel / BLOCK_NUMEL)
@@ -64,6 +92,8 @@ class Task:
 
     def block(self, number: int) -> tuple[int, int]:
         """The flat elements [first, last) of block `number`: whole rows, or a part of one row that is too long."""
+        if self._whole:
+            return 0, self.source.numel
         if self.row_numel > BLOCK_NUMEL:
             row, part = divmod(number, math.ceil(self.row_numel / BLOCK_NUMEL))
             first = row * self.row_numel + part * BLOCK_NUMEL
@@ -76,9 +106,19 @@ class Task:
         first, last = self.block(number)
         return (last - first) * ITEMSIZE[self.dtype]
 
+    def elements(self, first: int, last: int) -> tuple[int, int]:
+        """The flat elements that the blocks [first, last) hold."""
+        return (self.block(first)[0], self.block(last - 1)[1]) if last > first else (0, 0)
+
     def numel_of(self, first: int, last: int) -> int:
         """How many elements the blocks [first, last) hold."""
-        return self.block(last - 1)[1] - self.block(first)[0] if last > first else 0
+        begin, end = self.elements(first, last)
+        return end - begin
+
+    def applied_of(self, first: int, last: int) -> tuple[int, ...]:
+        """How many elements of the blocks [first, last) each change concerns."""
+        begin, end = self.elements(first, last)
+        return tuple(change.numel_in(begin, end) for change in self.changes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,18 +148,19 @@ class Segment:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """An output tensor before it has a place."""
-
-    kind: Kind
-    source: Stored
-    dtype: str
-    deltas: tuple[Delta, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.numel * ITEMSIZE[self.dtype]
+def used_tensors(tasks: Iterable[Task], adapter: int) -> tuple[TensorSpec, ...]:
+    """The tensors of adapter number `adapter`, counted from 0, that go into the output, in the order of their names."""
+    found = {
+        (view.spec.name, view.spec.begin): view.spec
+        for task in tasks
+        for change in task.changes
+        if change.adapter == adapter
+        for view in change.tensors.values()
+    }
+    found |= {
+        (task.source.name, task.source.data.begin): task.source.data for task in tasks if task.origin == adapter + 1
+    }
+    return tuple(found[key] for key in sorted(found))
 
 
 def pack_shards(tensors: Iterable[Wanted], max_nbytes: int) -> dict[str, list[Wanted]]:
@@ -142,14 +183,18 @@ def place(shards: dict[str, list[Wanted]]) -> tuple[tuple[OutputFile, ...], tupl
     files, tasks = [], []
     for number, (name, shard) in enumerate(shards.items()):
         tensors = sorted(shard, key=lambda tensor: -ITEMSIZE[tensor.dtype])
-        offset = begin = len(build_header([(t.source.name, t.dtype, t.source.shape) for t in tensors]))
+        offset = begin = len(build_header([(t.name, t.dtype, t.source.shape) for t in tensors]))
         for tensor in tensors:
             tasks.append(
                 Task(
                     kind=tensor.kind,
+                    name=tensor.name,
                     source=tensor.source,
+                    origin=tensor.origin,
                     dtype=tensor.dtype,
-                    deltas=tensor.deltas,
+                    changes=tensor.changes,
+                    also=tensor.also,
+                    twin=tensor.twin,
                     file=number,
                     begin=offset,
                 )

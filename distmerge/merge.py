@@ -44,7 +44,9 @@ def merge(config: MergeConfig, work: WorkFolder, world: World, display: Display)
 def _plan(config: MergeConfig, work: WorkFolder, world: World, display: Display, device: str) -> str | None:
     """The digest of the plan that is ready in the work folder, or None if its result is published already."""
     check_output(config)
-    plan = make_plan(config, device)
+    plan = make_plan(config, device, scratch=work.scratch() if config.allow_pickle else None)
+    for note in plan.notes:
+        display.say(f"note     {note}")
     for warning in plan.warnings:
         display.say(f"warning  {warning}")
     if is_published(config, plan):
@@ -60,7 +62,7 @@ def _plan(config: MergeConfig, work: WorkFolder, world: World, display: Display,
     except InputError:
         work.leave_if_fresh()
         raise
-    num_merged = sum(bool(task.deltas) for task in plan.tasks)
+    num_merged = sum(task.kind == "merge" for task in plan.tasks)
     display.say(
         f"plan     {len(plan.tasks)} tensors, {num_merged} of them merged, into {len(plan.files)} files of "
         f"{gigabytes(plan.nbytes_to_write)}, on {device}"

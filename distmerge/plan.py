@@ -4,34 +4,59 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from distmerge import __version__
-from distmerge.adapter.peft_adapter import WEIGHTS, Adapter, read_adapter
-from distmerge.adapter.resolve import Delta, resolve, untouched_targets
+from distmerge.adapter.indices import check_indices
+from distmerge.adapter.initial import check_initial
+from distmerge.adapter.naming.names import Names
+from distmerge.adapter.peft_adapter import Adapter, AdapterOptions, read_adapter
+from distmerge.adapter.resolve import untouched_targets
+from distmerge.adapter.screen import Screened, screen
 from distmerge.checkpoint.base import INDEX, RECEIPT, Base, FileMark, folder_name, read_base
-from distmerge.checkpoint.formats import Stored
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, build_header
 from distmerge.checkpoint.sidefiles import SideFile, find_side_files, output_config
-from distmerge.config import DEFAULT_SHARD_NBYTES, DTYPES, MergeConfig
-from distmerge.errors import InputError, listing
-from distmerge.layout import BLOCK_NUMEL, OutputFile, Segment, Task, Wanted, cut_segments, pack_shards, place
+from distmerge.config import DEFAULT_SHARD_NBYTES, DTYPES, AdapterChoice, MergeConfig
+from distmerge.errors import InputError, listing, printable
+from distmerge.layout import (
+    KEPT_STACKS,
+    OutputFile,
+    Segment,
+    Task,
+    Wanted,
+    cut_segments,
+    pack_shards,
+    place,
+    used_tensors,
+)
+from distmerge.numerics.methods import SUM, Combine
+from distmerge.outputs import Output, Outputs, collect
 from distmerge.storage.files import lookup_errors
 from distmerge.storage.records import encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedAdapter:
-    """An adapter as the plan and the receipt name it."""
+    """An adapter as the plan and the receipt name it. `num_tensors` are merged; `unused` says of every other tensor in
+    its files why nothing of it is merged, and `names` how its names led to the base's, if not as they stand. `initial`
+    says that it is what the adapter before it began as, and that its deltas belong to that one's. With `partial` the
+    digest is that of the merged tensors alone: the files hold the base too."""
 
     name: str
+    tuner: str
     base_model: str
     weight: float
+    files: tuple[str, ...]
+    partial: bool
     weights_sha256: str
     config_sha256: str
     num_tensors: int
+    unused: dict[str, str]
+    names: str
+    initial: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +72,15 @@ class Plan:
     segments: tuple[Segment, ...]
     side_files: tuple[SideFile, ...]
     config_json: str | None
+    notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    combine: Combine = SUM
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of the plan as canonical JSON, without its warnings."""
-        content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "warnings"}
+        """The SHA-256 of the plan as canonical JSON, without what it only says."""
+        said = ("notes", "warnings")
+        content = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in said}
         return hashlib.sha256(encode(content).encode()).hexdigest()
 
     @cached_property
@@ -72,62 +100,86 @@ class Plan:
     def header_of(self, file: int) -> bytes:
         return build_header([(task.name, task.dtype, task.source.shape) for task in self.tasks_of(file)])
 
+    @cached_property
+    def adapter_keys(self) -> frozenset[tuple[int, str]]:
+        """The adapters' tensors that go into the output: the adapter's number from 0, and the name in its file."""
+        return frozenset(key for task in self.tasks for key in task.adapter_keys)
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """For each adapter folder the number, from 0, of the one that its deltas belong to: its own, or that of the
+        adapter that it is the beginning of."""
+        return tuple(n - adapter.initial for n, adapter in enumerate(self.adapters))
+
     @property
     def nbytes_to_write(self) -> int:
         return sum(file.nbytes for file in self.files)
 
-    @property
-    def factors_nbytes(self) -> int:
-        """Bytes that loading the factors of one tensor takes at most: as stored, in float32, and for their norm."""
-        return max(
-            (sum(8 * (d.a.numel + d.b.numel) + 24 * d.a.shape[0] ** 2 for d in task.deltas) for task in self.tasks),
-            default=0,
-        )
+    @cached_property
+    def held_nbytes(self) -> int:
+        """Bytes of what changes one tensor, while its blocks are worked on."""
+        return max((sum(change.held_nbytes for change in task.changes) for task in self.tasks), default=0)
 
-    @property
+    @cached_property
+    def loading_nbytes(self) -> int:
+        """Bytes that loading what changes one tensor takes at most, and of stacks that are kept for the next."""
+        changes = [change for task in self.tasks for change in task.changes]
+        sparse = [view.spec.nbytes for change in changes for view in change.tensors.values() if view.is_sparse]
+        loading = max((sum(change.loading_nbytes for change in task.changes) for task in self.tasks), default=0)
+        return loading + self.held_nbytes + KEPT_STACKS * max(sparse, default=0)
+
+    @cached_property
+    def block_numel(self) -> int:
+        """Elements of the largest block."""
+        return max(task.largest_block_numel for task in self.tasks)
+
+    @cached_property
     def block_nbytes(self) -> int:
         """Bytes of the largest block of the output."""
-        return max(ITEMSIZE[task.dtype] for task in self.tasks) * BLOCK_NUMEL
+        return max(ITEMSIZE[task.dtype] * task.largest_block_numel for task in self.tasks)
+
+    @cached_property
+    def lane_nbytes(self) -> int:
+        """Bytes of the buffers through which one block passes (see lanes.Lane), and of what its changes take."""
+        stored = max(task.stored_block_nbytes for task in self.tasks)
+        packed = max((task.largest_block_numel for task in self.tasks if task.source.packing), default=0)
+        operators = max((change.scratch_nbytes for task in self.tasks for change in task.changes), default=0)
+        return stored + self.block_nbytes + 4 * self.block_numel + 6 * packed + operators + self._combine_nbytes
 
     @property
-    def lane_nbytes(self) -> int:
-        """Bytes of the buffers through which one block passes (see stream.Lane)."""
-        stored = max(task.stored_block_nbytes for task in self.tasks)
-        packed = any(task.source.packing for task in self.tasks)
-        return stored + self.block_nbytes + 4 * BLOCK_NUMEL + packed * (4 + 2) * BLOCK_NUMEL
+    def _combine_nbytes(self) -> int:
+        """Bytes that combining the deltas of one block takes at most."""
+        if self.combine.is_sum:
+            return 0
+        counts = [(len({self.owners[c.adapter] for c in t.changes}), t.largest_block_numel) for t in self.tasks]
+        return max(self.combine.scratch_nbytes(deltas, numel) for deltas, numel in counts)
 
 
-def make_plan(config: MergeConfig, device: str) -> Plan:
+def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) -> Plan:
     """The plan of `config` on devices of type `device`. Reads headers and small files of the base, and the adapters
-    whole, once. Raises InputError for everything that cannot be merged; writes nothing."""
-    from distmerge.adapter.screen import screen  # the only part of planning that needs torch
-
+    whole, once. Adapters in pickles are rewritten in the folder `scratch`; without it in a temporary folder that lasts
+    as long as the process. Raises InputError for everything that cannot be merged; writes nothing else."""
     with lookup_errors(config.base):
         base = read_base(config.base)
-        adapters = [read_adapter(choice.folder, lora_alpha=config.lora_alpha) for choice in config.adapters]
-    deltas: dict[str, tuple[Delta, ...]] = {}
-    warnings = list(base.warnings)
-    planned = []
-    for number, (choice, adapter) in enumerate(zip(config.adapters, adapters, strict=True)):
-        for name, delta in resolve(adapter, number, choice.weight, base).items():
-            deltas[name] = (*deltas.get(name, ()), delta)
-        mark, notes = screen(adapter, allow_zero_delta=config.allow_zero_delta)
-        planned.append(
-            PlannedAdapter(
-                name=folder_name(adapter.folder),
-                base_model=adapter.config.base_model,
-                weight=choice.weight,
-                weights_sha256=mark.weights_sha256,
-                config_sha256=mark.config_sha256,
-                num_tensors=2 * len(adapter.pairs),
-            )
-        )
-        warnings += [*adapter.warnings, *notes, *_doubts(adapter, base)]
-    files, tasks = place(_shards(base, deltas, config))
-    dtypes: Counter[str] = Counter()
-    for task in tasks:
-        dtypes[task.dtype] += task.source.numel
-    config_json = output_config(base, dict(dtypes), recast=config.dtype != "auto") if base.config else None
+        adapters = [(_read(choice, config, base, scratch), choice.weight) for choice in config.all_adapters]
+    for number, initial in enumerate(config.initials):
+        if initial:
+            check_initial(adapters[number - 1][0], adapters[number][0])
+    outputs = collect(base, adapters)
+    warnings = [*base.warnings, *outputs.warnings]
+    files, tasks = place(_shards(base, outputs, config))
+    planned, notes = [], []
+    for number, (adapter, weight) in enumerate(adapters):
+        check_indices(adapter, (change for task in tasks for change in task.changes if change.adapter == number))
+        used = used_tensors(tasks, number) if adapter.is_partial else ()
+        found = screen(adapter, outputs.names[number], used, allow_zero_delta=config.allow_zero_delta)
+        one = _planned(adapter, weight, outputs.names[number], outputs.unused[number], found)
+        path = config.all_adapters[number].folder
+        name = printable(path.stem) if path.is_file() else folder_name(adapter.folder)
+        planned.append(replace(one, name=name, initial=config.initials[number]))
+        notes += [f"{adapter.folder.name}: {text}" for text in (*adapter.notes, *found.notes)]
+        warnings += [*found.warnings, *_doubts(adapter, outputs.names[number])]
+    config_json = _output_config(base, outputs, tasks, config)
     made = {"README.md", RECEIPT, INDEX, *(file.name for file in files)}
     if config_json is not None:
         made.add("config.json")
@@ -140,23 +192,77 @@ def make_plan(config: MergeConfig, device: str) -> Plan:
         segments=cut_segments(tasks),
         side_files=find_side_files(
             base.folder,
-            tuple(adapter.folder for adapter in adapters),
-            weights=(tuple(mark.name for mark in base.files), *((WEIGHTS,) for _ in adapters)),
+            tuple(adapter.folder for adapter, _ in adapters),
+            weights=(tuple(mark.name for mark in base.files), *(adapter.files for adapter, _ in adapters)),
             made=made,
+            # Tokenizer and templates are those of the folder that training saved, not of where a file happens to lie.
+            silent={
+                number
+                for number, choice in enumerate(config.all_adapters, start=1)
+                if config.initials[number - 1] or choice.folder.is_file()
+            },
         ),
-        config_json=config_json.decode() if config_json is not None else None,
-        warnings=tuple(warnings),
+        config_json=config_json,
+        notes=tuple(dict.fromkeys(notes)),
+        warnings=tuple(dict.fromkeys(warnings)),
+        combine=_combine(config),
     )
     count_lanes(plan, config.memory_budget, wanted=1)
     return plan
 
 
+def _combine(config: MergeConfig) -> Combine:
+    density = None if config.density is None else float(config.density)
+    return Combine(method=config.combine, density=density, seed=config.seed)
+
+
+def _read(choice: AdapterChoice, config: MergeConfig, base: Base, scratch: Path | None) -> Adapter:
+    options = AdapterOptions(
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        allow_pickle=config.allow_pickle,
+        rules=config.map,
+        expert_b_order=config.expert_b_order,
+        scratch=scratch,
+    )
+    modules = {name.rpartition(".")[0] for name in base.tensors}
+    return read_adapter(
+        choice.folder, options, base_modules=modules, base_config=base.config, initial=choice.initial is not None
+    )
+
+
+def _planned(adapter: Adapter, weight: float, names: Names, unused: dict[str, str], found: Screened) -> PlannedAdapter:
+    return PlannedAdapter(
+        name=adapter.folder.name,
+        tuner=adapter.config.peft_type,
+        base_model=adapter.config.base_model,
+        weight=weight,
+        files=adapter.files,
+        partial=adapter.is_partial,
+        weights_sha256=found.mark.weights_sha256,
+        config_sha256=found.mark.config_sha256,
+        num_tensors=len(adapter.keys) - len(unused),
+        unused={**adapter.unused, **unused},
+        names=names.how,
+    )
+
+
+def _output_config(base: Base, outputs: Outputs, tasks: tuple[Task, ...], config: MergeConfig) -> str | None:
+    if not base.config:
+        return None
+    dtypes: Counter[str] = Counter()
+    for task in tasks:
+        dtypes[task.dtype] += task.source.numel
+    made = output_config(base, dict(dtypes), outputs.edits, recast=config.dtype != "auto")
+    return made.decode() if made is not None else None
+
+
 def count_lanes(plan: Plan, memory_budget: int, *, wanted: int) -> int:
     """How many of `wanted` lanes fit the budget beside the factors. Raises InputError if not even one does."""
-    # Each lane may be at another tensor, and the factors of one more are being loaded.
-    factors, lane = plan.factors_nbytes, plan.lane_nbytes + plan.factors_nbytes
-    if (fits := (memory_budget - factors) // lane) < 1:
-        needed = factors + lane
+    # Each lane may be at another tensor, and what changes one more is being loaded.
+    loading, lane = plan.loading_nbytes, plan.lane_nbytes + plan.held_nbytes
+    if (fits := (memory_budget - loading) // lane) < 1:
+        needed = loading + lane
         raise InputError(
             f"{memory_budget} bytes are too few: one block and the largest factors take {needed}",
             where="--memory-budget",
@@ -165,25 +271,52 @@ def count_lanes(plan: Plan, memory_budget: int, *, wanted: int) -> int:
     return min(wanted, fits)
 
 
-def _shards(base: Base, deltas: dict[str, tuple[Delta, ...]], config: MergeConfig) -> dict[str, list[Wanted]]:
-    wanted = [_want(stored, deltas.get(stored.name, ()), DTYPES[config.dtype]) for stored in base.tensors.values()]
+def _shards(base: Base, outputs: Outputs, config: MergeConfig) -> dict[str, list[Wanted]]:
+    common = _common_dtype(base)
+    wanted = []
+    for output in outputs.tensors.values():
+        # A parameter of the adapter's is stored as training held it; the model has a dtype of its own.
+        stored = outputs.base.tensors.get(output.name)
+        own = output.source.dtype if not output.origin else stored.dtype if stored is not None else common
+        wanted.append(_want(output, own, DTYPES[config.dtype]))
     if base.packed or config.max_shard_size is not None:
         return pack_shards(wanted, config.max_shard_size or DEFAULT_SHARD_NBYTES)
     shards: dict[str, list[Wanted]] = {mark.name: [] for mark in base.files}
     for tensor in wanted:
-        shards[tensor.source.data.file].append(tensor)
+        # What the base has under this name, or what its copy comes from, says the file; a new tensor goes to the last.
+        stored = outputs.base.tensors.get(tensor.name, None if tensor.origin else tensor.source)
+        shards[stored.data.file if stored is not None else base.files[-1].name].append(tensor)
     return {name: shard for name, shard in shards.items() if shard}
 
 
-def _want(stored: Stored, deltas: tuple[Delta, ...], dtype: str | None) -> Wanted:
+def _common_dtype(base: Base) -> str:
+    """The float dtype of most of the base's elements."""
+    counts: Counter[str] = Counter()
+    for stored in base.tensors.values():
+        counts[stored.dtype] += stored.numel * (stored.dtype in FLOATS)
+    return counts.most_common(1)[0][0]
+
+
+def _want(output: Output, own: str, dtype: str | None) -> Wanted:
+    """The output tensor; `own` is the dtype that it has without --dtype."""
     # F64 stays: torch rounds it to 16 bits by way of float32, that is twice.
-    out = dtype if dtype is not None and stored.dtype in FLOATS else stored.dtype
-    same = out == stored.dtype and stored.packing is None
-    return Wanted(kind="merge" if deltas else "copy" if same else "convert", source=stored, dtype=out, deltas=deltas)
+    out = dtype if dtype is not None and own in FLOATS else own
+    same = out == output.source.dtype and output.source.packing is None
+    return Wanted(
+        kind="merge" if output.changes else "copy" if same else "convert",
+        name=output.name,
+        source=output.source,
+        origin=output.origin,
+        dtype=out,
+        changes=output.changes,
+        also=output.also,
+        twin=output.twin,
+    )
 
 
-def _doubts(adapter: Adapter, base: Base) -> list[str]:
+def _doubts(adapter: Adapter, names: Names) -> list[str]:
     """What does not stop a merge but is worth a look before it."""
+    base = names.base
     name, told = adapter.folder.name, adapter.config.base_model
     doubts = []
     own = str(base.config.get("_name_or_path") or "") or folder_name(base.folder)
@@ -191,7 +324,8 @@ def _doubts(adapter: Adapter, base: Base) -> list[str]:
         doubts.append(f"{name}: trained on {told!r}, merged into {own!r}")
     if not base.packed and any(mark in told.lower() for mark in ("4bit", "nf4", "int4")):
         doubts.append(f"{name}: trained on a 4-bit base ({told!r}), merged into 16-bit weights that it has never seen")
-    if missing := untouched_targets(adapter, base):
+    # Where names were translated, those that the configuration means are not the base's.
+    if not names.how and (missing := untouched_targets(adapter, base)):
         doubts.append(f"{name}: {len(missing)} targeted modules have no weights in the adapter: {listing(missing, 3)}")
     return doubts
 
@@ -202,6 +336,8 @@ def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter]
 
     marks: dict[str, Any] = {"distmerge": __version__, "torch": torch.__version__, "device": device}
     marks |= {"--dtype": config.dtype, "--max-shard-size": config.max_shard_size, "--lora-alpha": config.lora_alpha}
+    marks |= {"--use-rslora": config.use_rslora, "--map": list(config.map), "--expert-b-order": config.expert_b_order}
+    marks |= {"--combine": config.combine, "--density": config.density, "--seed": config.seed}
     for file in base.files:
         marks[f"base {file.name}"] = f"{file.nbytes} bytes, mtime {file.mtime_ns}, header {file.header_sha256}"
     for number, adapter in enumerate(adapters, start=1):

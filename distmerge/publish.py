@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from distmerge.checkpoint.base import INDEX, RECEIPT, SINGLE, folder_name
 from distmerge.checkpoint.sidefiles import copy_side_file
@@ -17,6 +18,7 @@ from distmerge.plan import Plan
 from distmerge.receipt import FileEntry, Receipt, build_ledger, build_receipt, merged_adapters, read_receipt
 from distmerge.report.card import model_card
 from distmerge.storage.files import fsync_dir, io_errors, replace_file
+from distmerge.storage.strict_json import read_object
 from distmerge.stream import SegmentRecord
 from distmerge.work import ShardRecord, WorkFolder
 
@@ -59,7 +61,7 @@ def check_output(config: MergeConfig) -> None:
 
 
 def _check_places(config: MergeConfig, work: Path) -> None:
-    inputs = [("base", config.base), *(("adapter", adapter.folder) for adapter in config.adapters)]
+    inputs = [("base", config.base), *(("adapter", adapter.home) for adapter in config.all_adapters)]
     for place in (config.output, work):
         resolved = place.parent.resolve() / place.name
         for what, folder in inputs:
@@ -111,7 +113,7 @@ def publish(
     """
     ledger = build_ledger(plan, segments)
     files = {plan.files[shard.file].name: FileEntry(sha256=shard.sha256, bytes=shard.nbytes) for shard in shards}
-    folders = (config.base, *(adapter.folder for adapter in config.adapters))
+    folders = (config.base, *(adapter.home for adapter in config.all_adapters))
     for side in plan.side_files:
         _make_parents(work.model, side.name)
         copy_side_file(folders[side.source], side, work.model / side.name)
@@ -119,7 +121,8 @@ def publish(
     contents: dict[str, bytes] = {}
     if plan.config_json is not None:
         contents["config.json"] = plan.config_json.encode()
-    contents["README.md"] = model_card(plan, folder_name(config.base), len(ledger)).encode()
+    told = json.loads(plan.config_json) if plan.config_json is not None else _base_config(config.base)
+    contents["README.md"] = model_card(plan, folder_name(config.base), len(ledger), told).encode()
     index = _index(plan)
     for name, data in {**contents, **index}.items():
         files[name] = FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
@@ -193,3 +196,7 @@ def _rename(work: WorkFolder, config: MergeConfig) -> None:
     fsync_dir(output.parent)
     fsync_dir(work.path)
     work.discard()
+
+
+def _base_config(base: Path) -> dict[str, Any]:
+    return read_object(base / "config.json") if (base / "config.json").exists() else {}

@@ -6,19 +6,25 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distmerge.adapter.peft_adapter import WEIGHTS
+from distmerge.adapter.changes import ADD, LORA, Change
+from distmerge.adapter.views import View
 from distmerge.checkpoint.base import FileMark, check_mark
 from distmerge.checkpoint.formats import Packing, Stored
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
-from distmerge.layout import BLOCK_NUMEL, Task
+from distmerge.layout import KEPT_STACKS, Task
 from distmerge.numerics import nf4
+from distmerge.numerics.apply import Loaded, as_rows, in_float64
+from distmerge.numerics.combine import Combination, Delta, Part, deltas_of
 from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.lora import Factors
+from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 from distmerge.plan import Plan
 from distmerge.storage.files import open_input, read_exact
 
@@ -31,12 +37,12 @@ class Buffers:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         stored = max(task.stored_block_nbytes for task in plan.tasks)
-        packed = any(task.source.packing for task in plan.tasks)
+        packed = max((task.largest_block_numel for task in plan.tasks if task.source.packing), default=0)
         self.stored, self.host = host_pair(stored, device)
         self.view = view_of(self.host)
-        self.work = torch.empty(BLOCK_NUMEL + 2, dtype=torch.float32, device=device)
-        self.dense = torch.empty(4 * BLOCK_NUMEL * packed, dtype=torch.uint8, device=device)
-        self.index = torch.empty((BLOCK_NUMEL // 2 + 1) * packed, dtype=torch.int32, device=device)
+        self.work = torch.empty(plan.block_numel + 2, dtype=torch.float32, device=device)
+        self.dense = torch.empty(4 * packed, dtype=torch.uint8, device=device)
+        self.index = torch.empty(packed and packed // 2 + 1, dtype=torch.int32, device=device)
 
     def upload(self, nbytes: int) -> Tensor:
         """The first `nbytes` of what was read, on the device."""
@@ -50,10 +56,12 @@ class Reader:
     buffers of its own."""
 
     def __init__(self, plan: Plan, base: Path, adapters: tuple[Path, ...], device: torch.device) -> None:
-        self._plan, self._base, self._adapters, self._device = plan, base, adapters, device
+        self._plan, self._folders, self._device = plan, (base, *adapters), device
         self._marks = {mark.name: mark for mark in plan.base_files}
         self._fds: dict[Path, int] = {}
         self._tables: dict[bytes, Tensor] = {}
+        # A stack of experts is read once, not once for each of them.
+        self._kept: dict[tuple[int, str, str], Tensor] = {}
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -71,16 +79,17 @@ class Reader:
         """Buffers that fit every block of the plan."""
         return Buffers(self._plan, self._device)
 
-    def read(self, spec: TensorSpec, offset: int, view: memoryview) -> None:
-        """Fills `view` with the bytes of a base tensor from its byte `offset` on."""
-        path = self._base / spec.file
-        read_exact(self._fd(path, self._marks[spec.file]), view, spec.begin + offset, path)
+    def read(self, spec: TensorSpec, offset: int, view: memoryview, *, origin: int = 0) -> None:
+        """Fills `view` with the bytes of a tensor of the base, or of adapter number `origin`, from byte `offset` on."""
+        path = self._folders[origin] / spec.file
+        mark = self._marks[spec.file] if origin == 0 else None
+        read_exact(self._fd(path, mark), view, spec.begin + offset, path)
 
-    def read_dense(self, buffers: Buffers, stored: Stored, first: int, last: int) -> Tensor:
+    def read_dense(self, buffers: Buffers, stored: Stored, first: int, last: int, *, origin: int = 0) -> Tensor:
         """Elements [first, last) of `stored` in its dense dtype, on the device."""
         if stored.packing is None:
             size = ITEMSIZE[stored.data.dtype]
-            self.read(stored.data, first * size, buffers.view[: (last - first) * size])
+            self.read(stored.data, first * size, buffers.view[: (last - first) * size], origin=origin)
             return buffers.upload((last - first) * size).view(torch_dtype(stored.data.dtype))
         odd, nbytes = first % 2, -(-last // 2) - first // 2
         self.read(stored.data, first // 2, buffers.view[:nbytes])
@@ -132,24 +141,80 @@ class Reader:
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
-    def load_factors(self, task: Task) -> tuple[Factors, ...]:
-        """The factors of every delta of `task`, in float32 on the device."""
-        factors = tuple(
-            Factors(
-                a=self._factor(delta.a, self._adapters[delta.adapter]),
-                b=self._factor(delta.b, self._adapters[delta.adapter]),
-                scaling=delta.scaling,
-            )
-            for delta in task.deltas
-        )
+    def load_changes(self, task: Task, dtype: torch.dtype = torch.float32) -> tuple[Loaded, ...]:
+        """The changes of `task` with their tensors on the device, floats as `dtype`."""
+        loaded = tuple(self._load(change, dtype) for change in task.changes)
         self._settle()
-        return factors
+        return loaded
 
-    def _factor(self, spec: TensorSpec, folder: Path) -> Tensor:
-        data = bytearray(spec.nbytes)
-        read_exact(self._fd(folder / WEIGHTS), memoryview(data), spec.begin, folder / WEIGHTS)
-        stored = torch.frombuffer(data, dtype=torch_dtype(spec.dtype)).view(spec.shape)
-        return stored.to(self._device).float()
+    def read_deltas(
+        self, buffers: Buffers, task: Task, first: int, last: int, parts: tuple[Part, ...]
+    ) -> tuple[Delta, ...]:
+        """What each adapter adds to the elements [first, last) of `task`, a block of it, computed as for the merge."""
+        work = buffers.work[: last - first]
+        if any(change.operator for part in parts for change in part.changes):
+            work.copy_(self.read_dense(buffers, task.source, first, last, origin=task.origin))
+        rows, top, left = as_rows(work, first, task.row_numel)
+        return deltas_of(rows, parts, top=top, left=left)[0]
+
+    def load_combination(self, task: Task) -> Combination:
+        """Everything that is done to `task` with its tensors on the device; the thresholds are yet to be found."""
+        return Combination(combine=self._plan.combine, name=task.twin or task.name, parts=self.load_parts(task))
+
+    def load_parts(self, task: Task, dtype: torch.dtype = torch.float32) -> tuple[Part, ...]:
+        """The changes of `task` by adapter folder, with their tensors on the device, floats as `dtype`; without their
+        weights."""
+        parts = []
+        for number, changes in groupby(task.changes, key=lambda change: change.adapter):
+            owner, adapters = self._plan.owners[number], self._plan.adapters
+            parts.append(
+                Part(
+                    adapter=owner + 1,
+                    weight=adapters[owner].weight,
+                    sign=-1.0 if adapters[number].initial else 1.0,
+                    changes=tuple(self._load(replace(change, weight=1.0), dtype) for change in changes),
+                )
+            )
+        self._settle()
+        return tuple(parts)
+
+    def _load(self, change: Change, dtype: torch.dtype) -> Loaded:
+        # Decompositions and factors that are computed lose digits on the way; they are small, or rare.
+        exact = change.operator in LOW_RANK or _is_delicate(change)
+        origin, wide = change.adapter + 1, torch.float64 if exact else dtype
+        tensors = {role: self.load_view(view, origin, wide) for role, view in change.tensors.items()}
+        factors = _factors(change, tensors, dtype)
+        region = change.region
+        operator = OPERATORS[change.operator] if factors is None else None
+        if operator is not None:
+            tensors = dict(operator.prepare(tensors, change.options))
+        return Loaded(
+            height=change.shape[1],
+            matrices=region.matrices,
+            rows=region.rows,
+            cols=region.cols,
+            factors=factors,
+            operator=None if operator is None else in_float64(operator.apply) if exact else operator.apply,
+            tensors=tensors if factors is None else {},
+            options=change.options,
+            weight=change.weight,
+            transposed=change.transposed,
+        )
+
+    def load_view(self, view: View, origin: int, dtype: torch.dtype) -> Tensor:
+        """The elements of `view` in its size, on the device; floats as `dtype`, integers as they are."""
+        first, last = (0, view.spec.numel) if view.is_sparse else view.extent
+        key = (origin, view.spec.file, view.spec.name)
+        flat = self._kept.get(key) if view.is_sparse else None
+        if flat is None:
+            size = ITEMSIZE[view.spec.dtype]
+            data = bytearray((last - first) * size)
+            self.read(view.spec, first * size, memoryview(data), origin=origin)
+            flat = torch.frombuffer(data, dtype=torch_dtype(view.spec.dtype)) if data else torch.empty(0)
+            if view.is_sparse:
+                self._kept = {**dict(list(self._kept.items())[1 - KEPT_STACKS :]), key: flat}
+        part = flat.as_strided(view.size, view.stride, view.offset - first).contiguous().to(self._device)
+        return part.to(dtype) if part.is_floating_point() else part
 
     def _fd(self, path: Path, mark: FileMark | None = None) -> int:
         with self._lock:
@@ -158,6 +223,31 @@ class Reader:
                     check_mark(path, mark)
                 self._fds[path] = open_input(path)
             return self._fds[path]
+
+
+def _is_delicate(change: Change) -> bool:
+    """True for operators that float32 would rob of digits: decompositions, and orthogonalising what is nearly equal."""
+    if change.operator in (LORA, ADD):
+        return False
+    return not OPERATORS[change.operator].row_local or bool(change.options.get("orthogonal"))
+
+
+def _factors(change: Change, tensors: dict[str, Tensor], dtype: torch.dtype) -> Factors | None:
+    """The factors, as `dtype`, of a change that is a product of two, transposed where the tensor is; None if it is
+    none."""
+    if change.operator == LORA:
+        a, b = tensors["a"], tensors["b"]
+        stacks = Factors(a=a, b=b.reshape(len(b), -1, b.shape[-1]), scaling=change.options["scaling"] * change.weight)
+    elif change.operator == ADD:
+        values = tensors["values"]
+        scaling = change.options["scaling"] * change.weight
+        return Factors(a=torch.ones_like(values[:1]).view(1, 1, 1), b=values.view(1, -1, 1), scaling=scaling)
+    elif change.operator in LOW_RANK:
+        b, a = LOW_RANK[change.operator](tensors, change.options)
+        stacks = Factors(a=a[None].to(dtype), b=b[None].to(dtype), scaling=change.weight)
+    else:
+        return None
+    return stacks.transpose() if change.transposed else stacks
 
 
 def host_pair(nbytes: int, device: torch.device) -> tuple[Tensor, Tensor]:

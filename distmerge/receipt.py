@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from distmerge import __version__
-from distmerge.adapter.resolve import Delta
 from distmerge.checkpoint.base import RECEIPT, folder_name
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, printable
@@ -34,14 +33,20 @@ class MergedBase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergedAdapter:
-    """An adapter by its folder's name and the SHA-256 of its weights and its configuration."""
+    """An adapter by its folder's name and the SHA-256 of its weights and its configuration. `names` says how its names
+    led to the base's, if not as they stand, and `unused` why tensors of its files were not merged. `initial`
+    says that it is what the adapter before it began as, taken off."""
 
     name: str
+    tuner: str
     weight: float
     base_model: str
     num_tensors: int
     fingerprint: str
     config_sha256: str
+    names: str
+    unused: dict[str, str]
+    initial: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +55,29 @@ class Options:
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     max_shard_size: int | None
+    combine: Literal["sum", "ties", "dare_ties", "dare_linear", "magnitude_prune"]
+    density: float | None
+    seed: int
     lora_alpha: float | None
+    use_rslora: bool | None
+    map: tuple[str, ...]
+    expert_b_order: Literal["auto", "peft", "expert-major"]
+    allow_pickle: bool
     allow_zero_delta: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerEntry:
-    """Where an adapter tensor went, the Frobenius norm of its delta, and that of the change made to the tensor."""
+    """Where an adapter tensor went (one tensor, or several), the Frobenius norm of its delta, and that of the change
+    made to these tensors. Both are null for a parameter that took the place of the base's."""
 
-    tensor: str
-    delta_norm: float
-    applied_norm: float
+    tensor: str | tuple[str, ...]
+    delta_norm: float | None
+    applied_norm: float | None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.tensor,) if isinstance(self.tensor, str) else self.tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,21 +112,37 @@ def build_ledger(plan: Plan, records: Iterable[SegmentRecord]) -> dict[str, Ledg
     for record in sorted(records, key=lambda record: record.segment):
         for piece in record.pieces:
             pieces.setdefault(piece.task, []).append(piece)
-    ledger: dict[str, LedgerEntry] = {}
+    went: dict[str, list[tuple[str, float | None, float]]] = {}
     for number, task in enumerate(plan.tasks):
         done = pieces.get(number, [])
-        norms = next((piece.delta_norms for piece in done if piece.delta_norms), ())
-        applied = math.sqrt(math.fsum(piece.applied_squared for piece in done))
-        for delta, norm in zip(task.deltas, norms, strict=True):
-            entry = LedgerEntry(tensor=task.name, delta_norm=norm, applied_norm=applied)
-            ledger |= dict.fromkeys(ledger_keys(plan, delta), entry)
-    return ledger
+        applied = math.fsum(piece.applied_squared for piece in done)
+        for place, change in enumerate(task.changes):
+            delta = math.fsum(piece.delta_squared[place] for piece in done)
+            for key in change.keys:
+                went.setdefault(ledger_key(plan, change.adapter, key), []).append((task.name, delta, applied))
+        for owner, key in task.adapter_keys:
+            name = ledger_key(plan, owner, key)
+            if all(task.name != known for known, _, _ in went.get(name, [])):
+                went.setdefault(name, []).append((task.name, None, applied))
+    return {key: _entry(places) for key, places in went.items()}
 
 
-def ledger_keys(plan: Plan, delta: Delta) -> tuple[str, str]:
-    """The keys under which the ledger lists the two tensors of `delta`."""
-    prefix = f"{delta.adapter + 1}:" if len(plan.adapters) > 1 else ""
-    return prefix + delta.a.name, prefix + delta.b.name
+def _entry(places: list[tuple[str, float | None, float]]) -> LedgerEntry:
+    names = tuple(dict.fromkeys(name for name, _, _ in places))
+    norms = [delta for _, delta, _ in places]
+    known = [norm for norm in norms if norm is not None]
+    applied = {name: squared for name, _, squared in places}
+    whole = len(known) == len(norms)
+    return LedgerEntry(
+        tensor=names[0] if len(names) == 1 else names,
+        delta_norm=math.sqrt(math.fsum(known)) if whole else None,
+        applied_norm=math.sqrt(math.fsum(applied.values())) if whole else None,
+    )
+
+
+def ledger_key(plan: Plan, adapter: int, key: str) -> str:
+    """The key under which the ledger lists tensor `key` of adapter number `adapter`, counted from 0."""
+    return f"{adapter + 1}:{key}" if len(plan.adapters) > 1 else key
 
 
 def build_receipt(
@@ -125,11 +158,15 @@ def build_receipt(
         adapters=tuple(
             MergedAdapter(
                 name=adapter.name,
+                tuner=adapter.tuner,
                 weight=adapter.weight,
                 base_model=adapter.base_model,
                 num_tensors=adapter.num_tensors,
                 fingerprint=adapter.weights_sha256,
                 config_sha256=adapter.config_sha256,
+                names=adapter.names,
+                unused=adapter.unused,
+                initial=adapter.initial,
             )
             for adapter in plan.adapters
         ),
@@ -138,7 +175,14 @@ def build_receipt(
             {
                 "dtype": config.dtype,
                 "max_shard_size": config.max_shard_size,
+                "combine": config.combine,
+                "density": config.density,
+                "seed": config.seed,
                 "lora_alpha": config.lora_alpha,
+                "use_rslora": config.use_rslora,
+                "map": list(config.map),
+                "expert_b_order": config.expert_b_order,
+                "allow_pickle": config.allow_pickle,
                 "allow_zero_delta": config.allow_zero_delta,
             },
         ),

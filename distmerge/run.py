@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distmerge.config import MergeConfig
-from distmerge.errors import Interrupted, PeerFailed, VerifyError
+from distmerge.errors import InputError, Interrupted, PeerFailed, VerifyError
 from distmerge.merge import merge
 from distmerge.parent import launched
 from distmerge.progress import Display
@@ -55,7 +55,11 @@ def _run_rank(config: MergeConfig) -> None:
         try:
             with world.interruptible():
                 merge(config, work, world, Display(quiet=world.place.rank != 0))
+            if world.place.rank == 0:
+                work.drop_scratch(refused=False)
         except BaseException as error:
+            if world.place.rank == 0 and isinstance(error, InputError):
+                work.drop_scratch(refused=True)
             speaks, exit_code = world.fail(error), getattr(error, "exit_code", 1)
             # Every rank writes it: rank 0 showed progress there until it noticed.
             work.write_status({"state": "failed", "exit_code": exit_code, "error": world.failure() or str(error)})

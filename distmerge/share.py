@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from distmerge import __version__
-from distmerge.adapter.peft_adapter import WEIGHTS
+from distmerge.adapter.screen import weights_digest
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, Interrupted, MachineError
+from distmerge.layout import used_tensors
 from distmerge.plan import Plan, count_lanes
-from distmerge.storage.files import sha256_of
 from distmerge.storage.records import decode, encode
 from distmerge.stream import SegmentRecord, Stream
 from distmerge.work import ShardRecord, WorkFolder
@@ -58,7 +58,7 @@ class Share:
         self._stream = Stream(
             plan,
             config.base,
-            tuple(adapter.folder for adapter in config.adapters),
+            tuple(adapter.home for adapter in config.all_adapters),
             lambda number: work.open_file(plan, number),
             device=device,
             num_lanes=count_lanes(plan, config.memory_budget, wanted=wanted_lanes(world.place.local_size)),
@@ -146,8 +146,9 @@ def _check_alike(plan: Plan, config: MergeConfig, device: torch.device) -> None:
                 where=socket.gethostname(),
                 hint="all ranks need the same versions and the same type of device",
             )
-    for choice, planned in zip(config.adapters, plan.adapters, strict=True):
-        seen = (choice.weight, sha256_of(choice.folder / WEIGHTS))
+    for number, (choice, planned) in enumerate(zip(config.all_adapters, plan.adapters, strict=True)):
+        used = used_tensors(plan.tasks, number) if planned.partial else ()
+        seen = (choice.weight, weights_digest(choice.home, planned.files, used))
         if seen != (planned.weight, planned.weights_sha256):
             raise InputError(
                 "is not the adapter that the merge was planned with, or has another weight",

@@ -12,39 +12,38 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distmerge.checkpoint.header import ITEMSIZE
-from distmerge.errors import MachineError, VerifyError
-from distmerge.layout import BLOCK_NUMEL, Piece, Segment, Task
+from distmerge.errors import VerifyError
+from distmerge.lanes import Lane, Lanes, memory_errors
+from distmerge.layout import Piece, Segment, Task
+from distmerge.numerics.apply import Applied, Loaded, apply_changes, as_rows
+from distmerge.numerics.combine import Combination, combine_changes, find_thresholds, histograms
 from distmerge.numerics.dtypes import torch_dtype
-from distmerge.numerics.lora import Factors, add_deltas, delta_norm
+from distmerge.numerics.lora import delta_norm
 from distmerge.plan import Plan
-from distmerge.reader import Buffers, Reader, host_pair, view_of
+from distmerge.reader import Reader
 from distmerge.storage.files import read_exact, write_exact
-
-_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceRecord:
-    """What was done to a piece: `numel` elements written, each with `num_deltas` deltas added.
+    """What was done to a piece: `numel` elements written, and how many of them each change of the task concerned.
 
-    `applied_squared` is the sum of (out - base)^2; `delta_norms` are given by the piece that holds block 0.
+    `applied_squared` is the sum of (out - base)^2; `delta_squared` has a change's share of the square of its norm,
+    which for a product of factors is wholly that of the piece that holds block 0.
     """
 
     task: int
     numel: int
-    num_deltas: int
+    changed: tuple[int, ...]
     applied_squared: float
-    delta_norms: tuple[float, ...]
+    delta_squared: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,76 +57,29 @@ class SegmentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Block:
-    """One block on its way: element range [first, last) of `task`, and the factors that its tensor needs."""
+    """One block on its way: element range [first, last) of block number `block` of `task`, and the changes to its
+    tensor, one after another or combined."""
 
     number: int
     piece: int
     task: Task
+    block: int
     first: int
     last: int
-    factors: tuple[Factors, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Outcome:
-    """What became of a block: the CRC-32 of its bytes, the deltas that were added, and the sum of (out - base)^2."""
-
-    crc32: int
-    num_deltas: int = 0
-    applied_squared: float = 0.0
+    changes: tuple[Loaded, ...] | Combination
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Done:
-    """A block that is through. It does not hold the block itself, whose factors must be free to go."""
+    """A block that is through: the CRC-32 of its bytes, what each change did, and the sum of (out - base)^2. It does
+    not hold the block itself, whose factors must be free to go."""
 
     number: int
     piece: int
     numel: int
-    outcome: _Outcome
-
-
-class Lane:
-    """The buffers that one block passes through, and on an accelerator the stream that its work is queued on."""
-
-    def __init__(self, plan: Plan, device: torch.device, buffers: Buffers) -> None:
-        self.buffers = buffers
-        nbytes = BLOCK_NUMEL * max(ITEMSIZE[task.dtype] for task in plan.tasks)
-        self.out, self._host = host_pair(nbytes, device)
-        self.view = view_of(self._host)
-        self._stream = None if device.type == "cpu" else torch.Stream(device)
-
-    def work_order(self) -> AbstractContextManager[object]:
-        """Queues the accelerator's work of the body on this lane's own stream."""
-        return nullcontext() if self._stream is None else self._stream
-
-    def download(self, nbytes: int) -> memoryview:
-        """The first `nbytes` of the result, on the host."""
-        if self._stream is not None:
-            self._host[:nbytes].copy_(self.out[:nbytes], non_blocking=True)
-            self._stream.synchronize()
-        return self.view[:nbytes]
-
-
-class _Feed:
-    """Hands the blocks of a segment to the lanes in order, and stops handing out when told to."""
-
-    def __init__(self, blocks: Iterator[_Block]) -> None:
-        self._blocks = blocks
-        self._lock = threading.Lock()
-        self._stopped = False
-
-    def __iter__(self) -> _Feed:
-        return self
-
-    def __next__(self) -> _Block:
-        with self._lock:
-            if self._stopped:
-                raise StopIteration
-            return next(self._blocks)
-
-    def stop(self) -> None:
-        self._stopped = True
+    crc32: int
+    applied: tuple[Applied, ...]
+    applied_squared: float
 
 
 class Stream:
@@ -150,16 +102,13 @@ class Stream:
         self._outputs: dict[int, int] = {}
         self._lock = threading.Lock()
         self._reader = Reader(plan, base, adapters, device)
-        with memory_errors():
-            self._lanes = [Lane(plan, device, self._reader.buffers()) for _ in range(num_lanes)]
-        # The current accelerator belongs to a thread; left alone, lanes would make contexts on the first one.
-        choose = partial(torch.accelerator.set_device_index, device) if device.type != "cpu" else None
-        self._pool = ThreadPoolExecutor(num_lanes, "lane", choose)
+        self._lanes = Lanes(plan, self._reader, device, num_lanes)
+        self._thresholds: dict[int, tuple[int, ...]] = {}
         self.nbytes_done = 0
 
     def close(self) -> None:
         """Ends the lanes and closes every file."""
-        self._pool.shutdown(wait=True)
+        self._lanes.close()
         self._reader.close()
         for fd in self._outputs.values():
             os.close(fd)
@@ -172,89 +121,106 @@ class Stream:
         """
         segment = self._plan.segments[number]
         self._close_others(segment.file)
+        if self._plan.combine.prunes:
+            for piece in segment.pieces:
+                self._find_thresholds(piece.task, tick)
         norms: dict[int, tuple[float, ...]] = {}
         blocks = self._blocks(segment, norms)
-        done = self._each(blocks, self._merge_block, tick)
+        done = sorted(self._lanes.each(blocks, self._merge_block, tick), key=lambda block: block.number)
         return SegmentRecord(
             segment=number,
-            crc32=combine_crc32s([block.outcome.crc32 for block in done]),
-            pieces=tuple(_piece_record(i, piece, norms.get(i, ()), done) for i, piece in enumerate(segment.pieces)),
+            crc32=combine_crc32s([block.crc32 for block in done]),
+            pieces=tuple(
+                _piece_record(i, self._plan.tasks[piece.task], piece, norms.get(i, ()), done)
+                for i, piece in enumerate(segment.pieces)
+            ),
         )
 
     def check(self, record: SegmentRecord, tick: Callable[[], None]) -> bool:
         """True if the bytes on disk are those that `record` was made from."""
         self._close_others(self._plan.segments[record.segment].file)
         blocks = self._blocks(self._plan.segments[record.segment], None)
-        done = self._each(blocks, self._check_block, tick)
-        return combine_crc32s([block.outcome.crc32 for block in done]) == record.crc32
-
-    def _each(
-        self,
-        blocks: Iterator[_Block],
-        work: Callable[[Lane, _Block], _Outcome],
-        tick: Callable[[], None],
-    ) -> list[_Done]:
-        """`work` on every block, spread over the lanes; what was done, in the order of the blocks."""
-        feed = _Feed(blocks)
-        results: list[_Done] = []
-
-        def run(lane: Lane) -> None:
-            try:
-                with memory_errors():
-                    for block in feed:
-                        outcome, numel = work(lane, block), block.last - block.first
-                        results.append(_Done(number=block.number, piece=block.piece, numel=numel, outcome=outcome))
-                        with self._lock:
-                            self.nbytes_done += numel * ITEMSIZE[block.task.dtype]
-            except BaseException:
-                feed.stop()
-                raise
-
-        pending = {self._pool.submit(run, lane) for lane in self._lanes}
-        futures = list(pending)
-        try:
-            while pending:
-                _, pending = wait(pending, timeout=_POLL_SECONDS)
-                tick()
-        finally:
-            feed.stop()
-            wait(futures)
-        for future in futures:
-            future.result()
-        return sorted(results, key=lambda done: done.number)
+        done = sorted(self._lanes.each(blocks, self._check_block, tick), key=lambda block: block.number)
+        return combine_crc32s([block.crc32 for block in done]) == record.crc32
 
     def _blocks(self, segment: Segment, norms: dict[int, tuple[float, ...]] | None) -> Iterator[_Block]:
         """The blocks of `segment` in order; where `norms` is given, with factors, whose norms it collects by piece."""
         number = 0
         for i, piece in enumerate(segment.pieces):
             task = self._plan.tasks[piece.task]
-            factors = self._reader.load_factors(task) if task.deltas and norms is not None else ()
+            changes = self._load(piece.task) if task.changes and norms is not None else ()
             if norms is not None and piece.first == 0:
-                norms[i] = tuple(delta_norm(factor) for factor in factors)
+                norms[i] = _norms(changes)
             for block in range(piece.first, piece.last):
                 first, last = task.block(block)
-                yield _Block(number=number, piece=i, task=task, first=first, last=last, factors=factors)
+                yield _Block(number=number, piece=i, task=task, block=block, first=first, last=last, changes=changes)
                 number += 1
 
-    def _merge_block(self, lane: Lane, block: _Block) -> _Outcome:
-        task, numel, num_deltas, squared = block.task, block.last - block.first, 0, 0.0
+    def _load(self, number: int) -> tuple[Loaded, ...] | Combination:
+        """The changes of task `number` with their tensors."""
+        task = self._plan.tasks[number]
+        if self._plan.combine.is_sum:
+            return self._reader.load_changes(task)
+        return replace(self._reader.load_combination(task), thresholds=self._thresholds.get(number, ()))
+
+    def _find_thresholds(self, number: int, tick: Callable[[], None]) -> None:
+        """Goes through the deltas of task `number`, whole, for the smallest magnitude of each that is kept; once."""
+        task = self._plan.tasks[number]
+        if number in self._thresholds or not task.changes:
+            return
+        with memory_errors():
+            changes = self._reader.load_combination(task)
+
+        def counted(uppers: tuple[int, ...] | None) -> Tensor:
+            total = torch.zeros((), dtype=torch.int64)
+
+            def count(lane: Lane, block: tuple[int, int]) -> None:
+                nonlocal total
+                with lane.work_order():
+                    deltas = self._reader.read_deltas(lane.buffers, task, *block, changes.parts)
+                    found = histograms(deltas, uppers).cpu()
+                with self._lock:
+                    total = total + found
+
+            self._lanes.each(map(task.block, range(task.num_blocks)), count, tick)
+            return total
+
+        self._thresholds[number] = find_thresholds(task.source.numel, changes, counted)
+
+    def _merge_block(self, lane: Lane, block: _Block) -> _Done:
+        task, numel, squared = block.task, block.last - block.first, 0.0
+        applied: tuple[Applied, ...] = ()
         if task.kind == "copy":
             data = lane.buffers.view[: numel * ITEMSIZE[task.dtype]]
-            self._reader.read(task.source.data, block.first * ITEMSIZE[task.dtype], data)
+            self._reader.read(task.source.data, block.first * ITEMSIZE[task.dtype], data, origin=task.origin)
         else:
             with lane.work_order():
-                base = self._reader.read_dense(lane.buffers, task.source, block.first, block.last)
+                base = self._reader.read_dense(lane.buffers, task.source, block.first, block.last, origin=task.origin)
                 out = lane.out[: numel * ITEMSIZE[task.dtype]].view(torch_dtype(task.dtype))
-                num_deltas, squared = _apply(lane, block, base, out)
+                applied, squared = _apply(lane, block, base, out)
                 data = lane.download(numel * ITEMSIZE[task.dtype])
         write_exact(self._fd_out(task.file), data, self._offset(block), self._plan.files[task.file].name)
-        return _Outcome(crc32=zlib.crc32(data), num_deltas=num_deltas, applied_squared=squared)
+        return self._done(block, data, applied, squared)
 
-    def _check_block(self, lane: Lane, block: _Block) -> _Outcome:
+    def _check_block(self, lane: Lane, block: _Block) -> _Done:
         task = block.task
         data = lane.view[: (block.last - block.first) * ITEMSIZE[task.dtype]]
         read_exact(self._fd_out(task.file), data, self._offset(block), self._plan.files[task.file].name)
-        return _Outcome(crc32=zlib.crc32(data))
+        return self._done(block, data)
+
+    def _done(
+        self, block: _Block, data: memoryview, applied: tuple[Applied, ...] = (), applied_squared: float = 0.0
+    ) -> _Done:
+        with self._lock:
+            self.nbytes_done += len(data)
+        return _Done(
+            number=block.number,
+            piece=block.piece,
+            numel=block.last - block.first,
+            crc32=zlib.crc32(data),
+            applied=applied,
+            applied_squared=applied_squared,
+        )
 
     def _close_others(self, file: int) -> None:
         """Between segments no lane works: closes what the next one need not have open."""
@@ -272,32 +238,49 @@ class Stream:
             return self._outputs[file]
 
 
-def _apply(lane: Lane, block: _Block, base: Tensor, out: Tensor) -> tuple[int, float]:
-    """Writes `base` plus its deltas to `out`, rounded once; returns how many deltas, and the sum of (out - base)^2."""
-    if not block.factors:
+def _apply(lane: Lane, block: _Block, base: Tensor, out: Tensor) -> tuple[tuple[Applied, ...], float]:
+    """Writes `base` with its changes to `out`, rounded once; returns what each change did, and the sum of
+    (out - base)^2."""
+    if not block.changes:
         out.copy_(base)
         if not (lost := ~torch.isfinite(out)).any():
-            return 0, 0.0
+            return (), 0.0
         if (lost & torch.isfinite(base)).any():
             raise _not_finite(block.task)
-        return 0, 0.0
-    numel, row = block.last - block.first, block.task.row_numel
-    work = lane.buffers.work[:numel]
+        return (), 0.0
+    work = lane.buffers.work[: block.last - block.first]
     work.copy_(base)
-    top, left = divmod(block.first, row)
-    height, width = max(1, numel // row), min(numel, row)
-    cols = slice(left, left + width)
-    num_deltas = add_deltas(work.view(height, width), block.factors, rows=slice(top, top + height), cols=cols)
+    rows, top, left = as_rows(work, block.first, block.task.row_numel)
+    try:
+        if isinstance(block.changes, Combination):
+            applied = combine_changes(rows, block.changes, block=block.block, top=top, left=left)
+        else:
+            applied = apply_changes(rows, block.changes, top=top, left=left)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        if not torch.isfinite(base).all():
+            raise _base_not_finite(block.task) from None
+        raise VerifyError(f"cannot be decomposed ({error})", where=block.task.name) from None
     out.copy_(work)
     work.copy_(out).sub_(base)
     squared = float(torch.dot(work, work))
     if not 0 < squared < math.inf:  # float32 cannot hold it, or the sum is of values that are not finite
         if not torch.isfinite(base).all():
-            raise VerifyError("the base holds values that are not finite", where=block.task.name)
+            raise _base_not_finite(block.task)
         if not torch.isfinite(out).all():
             raise _not_finite(block.task)
         squared = float(work.cpu().double().square().sum())
-    return num_deltas, squared
+    return applied, squared
+
+
+def _norms(changes: tuple[Loaded, ...] | Combination) -> tuple[float, ...]:
+    """The norm of each change as far as factors tell it, 0 for operators."""
+    if isinstance(changes, Combination):
+        return changes.delta_norms
+    return tuple(delta_norm(change.factors) if change.factors else 0.0 for change in changes)
+
+
+def _base_not_finite(task: Task) -> VerifyError:
+    return VerifyError("the base holds values that are not finite", where=task.name)
 
 
 def _not_finite(task: Task) -> VerifyError:
@@ -308,28 +291,18 @@ def _not_finite(task: Task) -> VerifyError:
     )
 
 
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns running out of memory, of the host or of an accelerator, into a MachineError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch has an own class for accelerators and none for the host
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not known:
-            raise
-        raise MachineError(
-            "out of memory", where=f"pid {os.getpid()}", hint="a smaller --memory-budget, or fewer ranks"
-        ) from error
-
-
-def _piece_record(i: int, piece: Piece, norms: tuple[float, ...], done: list[_Done]) -> PieceRecord:
+def _piece_record(i: int, task: Task, piece: Piece, norms: tuple[float, ...], done: list[_Done]) -> PieceRecord:
     mine = [block for block in done if block.piece == i]
+    applied = [block.applied for block in mine]
     return PieceRecord(
         task=piece.task,
         numel=sum(block.numel for block in mine),
-        num_deltas=min((block.outcome.num_deltas for block in mine), default=0),
-        applied_squared=math.fsum(block.outcome.applied_squared for block in mine),
-        delta_norms=norms,
+        changed=tuple(sum(each[number].numel for each in applied) for number in range(len(task.changes))),
+        applied_squared=math.fsum(block.applied_squared for block in mine),
+        delta_squared=tuple(
+            (norms[number] ** 2 if norms else 0.0) + math.fsum(each[number].squared for each in applied)
+            for number in range(len(task.changes))
+        ),
     )
 
 

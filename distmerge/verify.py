@@ -41,15 +41,19 @@ def check_records(plan: Plan, segments: Sequence[SegmentRecord], shards: Sequenc
             raise VerifyError(f"segment {record.segment} did other tensors than planned")
         for piece, done in zip(pieces, record.pieces, strict=True):
             task = plan.tasks[piece.task]
-            # An empty piece has nothing that a delta could have been added to.
-            num_deltas = len(task.deltas) if piece.last > piece.first else 0
-            if (done.numel, done.num_deltas) != (task.numel_of(piece.first, piece.last), num_deltas):
+            if (done.numel, done.changed) != (
+                task.numel_of(piece.first, piece.last),
+                task.applied_of(piece.first, piece.last),
+            ):
                 wrong.append(task.name)
     if wrong:
         raise VerifyError(f"{len(wrong)} tensors were not written or merged exactly once: {listing(wrong)}")
-    applied = sum(2 * len(task.deltas) for task in plan.tasks)
-    if applied != (promised := sum(adapter.num_tensors for adapter in plan.adapters)):
-        raise VerifyError(f"{applied} adapter tensors were applied, the adapters hold {promised}")
+    for number, adapter in enumerate(plan.adapters):
+        applied = sum(owner == number for owner, _ in plan.adapter_keys)
+        if applied != adapter.num_tensors:
+            raise VerifyError(
+                f"{applied} tensors were applied, the adapter holds {adapter.num_tensors}", where=adapter.name
+            )
 
 
 def check_headers(plan: Plan, folder: Path) -> None:

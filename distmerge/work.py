@@ -72,6 +72,8 @@ class WorkFolder:
         self.path = output.parent / f"{output.name}.distmerge"
         self.model = self.path / "model"
         self._done = self.path / "done"
+        self._scratch = output.absolute().parent / f"{output.name}.distmerge-pickles"
+        self._made_scratch = False
         self.is_fresh = False
         self._is_ours = False
         self._lock: int | None = None
@@ -85,6 +87,20 @@ class WorkFolder:
         self.release()
 
     # -- opening
+
+    def scratch(self) -> Path:
+        """A folder beside the work folder for adapters that were pickles, rewritten; every rank reads them there."""
+        self._made_scratch = not self._scratch.exists()
+        return self._scratch
+
+    def drop_scratch(self, *, refused: bool) -> None:
+        """Removes the rewritten adapters; of a run that was refused only if nobody else may be reading them."""
+        if refused and not self._made_scratch:
+            return
+        for path in self._scratch.glob("*.safetensors*"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._scratch.rmdir()
 
     def open(self, plan: Plan) -> str:
         """Makes the folder ready for `plan`, or finds it ready, and returns the plan's digest.

@@ -244,7 +244,8 @@ def headers(folder: Path) -> dict[str, list[str]]:
 
 def wanted(name: str, shape: tuple[int, ...], dtype: str = "BF16", *, r: int = 0) -> Any:
     """An output tensor without a place, of a plain base tensor; with `r`, one delta of that rank."""
-    from distmerge.adapter.resolve import Delta
+    from distmerge.adapter.changes import LORA, Change, Region
+    from distmerge.adapter.views import View
     from distmerge.checkpoint.formats import Stored
     from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
     from distmerge.layout import Wanted
@@ -253,10 +254,24 @@ def wanted(name: str, shape: tuple[int, ...], dtype: str = "BF16", *, r: int = 0
         nbytes = math.prod(shape) * ITEMSIZE[dtype]
         return TensorSpec(name=name, dtype=dtype, shape=shape, file="model.safetensors", begin=0, nbytes=nbytes)
 
-    factors = {"a": spec(f"{name}.A", "F32", (r, shape[-1])), "b": spec(f"{name}.B", "F32", (shape[0], r))} if r else {}
-    deltas = (Delta(adapter=0, **factors, scaling=1.5),) if r else ()
+    changes = ()
+    if r:
+        a, b = spec(f"{name}.A", "F32", (r, shape[-1])), spec(f"{name}.B", "F32", (shape[0], r))
+        change = Change(
+            adapter=0,
+            operator=LORA,
+            tensors={"a": View.whole(a).stacked(), "b": View.whole(b).stacked()},
+            options={"scaling": 1.5},
+            weight=1.0,
+            shape=(1, shape[0], shape[-1]),
+            region=Region(matrices=(0, 1), rows=(0, shape[0]), cols=(0, shape[-1])),
+            transposed=False,
+            whole=False,
+        )
+        changes = (change,)
     source = Stored(data=spec(name, dtype, shape), packing=None)
-    return Wanted(kind="merge" if r else "copy", source=source, dtype=dtype, deltas=deltas)
+    kind = "merge" if r else "copy"
+    return Wanted(kind=kind, name=name, source=source, origin=0, dtype=dtype, changes=changes)
 
 
 def plan_of(shards: dict[str, list[Any]]) -> Any:
@@ -265,9 +280,18 @@ def plan_of(shards: dict[str, list[Any]]) -> Any:
     from distmerge.plan import Plan, PlannedAdapter
 
     files, tasks = place(shards)
-    count = sum(2 * len(task.deltas) for task in tasks)
     adapter = PlannedAdapter(
-        name="lora", base_model="", weight=1.0, weights_sha256="0", config_sha256="0", num_tensors=count
+        name="lora",
+        tuner="LORA",
+        base_model="",
+        weight=1.0,
+        files=("adapter_model.safetensors",),
+        partial=False,
+        weights_sha256="0",
+        config_sha256="0",
+        num_tensors=sum(2 * len(task.changes) for task in tasks),
+        unused={},
+        names="",
     )
     return Plan(
         base_files=(),
@@ -278,6 +302,7 @@ def plan_of(shards: dict[str, list[Any]]) -> Any:
         segments=cut_segments(tasks),
         side_files=(),
         config_json=None,
+        notes=(),
         warnings=(),
     )
 

@@ -75,24 +75,27 @@ def tails(module: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def time_limit(where: str) -> Iterator[None]:
-    """Raises InputError when matching in the body takes longer than a few seconds: a pattern may take time that is
-    exponential in a name's length. Works in the main thread, where signals arrive; elsewhere the body is unbounded."""
+def time_limit(where: str, *, num_names: int = 0) -> Iterator[None]:
+    """Raises InputError when matching in the body takes longer than a few seconds, and a millisecond for each of
+    `num_names`: a pattern may take time that is exponential in a name's length. Works in the main thread, where signals
+    arrive; elsewhere the body is unbounded."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    seconds = _SECONDS + num_names / 1000
+
     def expire(number: int, frame: FrameType | None) -> Any:
         raise InputError(
-            f"matching its patterns takes more than {_SECONDS:g} s of CPU time",
+            f"matching its patterns takes more than {seconds:g} s of CPU time",
             where=where,
             hint="simplify rank_pattern, alpha_pattern or target_modules",
         )
 
     before = signal.signal(signal.SIGPROF, expire)
-    signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+    left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_PROF, left)  # of the limit around this one, if there is one
         signal.signal(signal.SIGPROF, before)

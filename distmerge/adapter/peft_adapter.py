@@ -1,153 +1,252 @@
-"""A PEFT adapter folder: its LoRA pairs by module, from the header of adapter_model.safetensors."""
+"""An adapter as its files describe it: the tensors of every tuned module, and the parameters that it holds whole."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from distmerge.adapter.patterns import time_limit
-from distmerge.adapter.peft_config import LoraConfig, read_config
-from distmerge.checkpoint.header import TensorSpec, read_header
+from distmerge.adapter.peft_config import PeftConfig, read_config
+from distmerge.adapter.saved.keys import Key, parse
+from distmerge.adapter.saved.training import Saved, read_saved
+from distmerge.adapter.tuners.registry import TUNERS, UNMERGEABLE
+from distmerge.adapter.views import View
+from distmerge.checkpoint.header import TensorSpec
+from distmerge.checkpoint.layers import vocab_sizes
 from distmerge.errors import InputError, listing, printable
+from distmerge.storage.strict_json import read_object
 
-WEIGHTS = "adapter_model.safetensors"
-_FACTOR_DTYPES = ("BF16", "F16", "F32")
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-# Training checkpoints that hold adapter tensors but are not what save_pretrained writes.
-_STRANGERS = {
-    "adapter_model.bin": "the weights are a pickle; load the adapter with PEFT and save_pretrained it as safetensors",
-    "pytorch_model_fsdp_0": "this is a sharded FSDP checkpoint; gather it with `accelerate merge-weights` first",
-    "zero_to_fp32.py": "this is a DeepSpeed checkpoint; gather it with its zero_to_fp32.py first",
-    "adapters.safetensors": "this is an MLX adapter; convert it to PEFT's format first",
+CONFIG = "adapter_config.json"
+ALL_TAILS = tuple(
+    sorted({tail for tuner in TUNERS.values() for tail in (*tuner.tails, *tuner.optional, *tuner.shared)})
+)
+_SAVED = "modules_to_save"
+_FLOATS = ("BF16", "F16", "F32")
+_INTEGERS = ("I64", "I32", "I16", "U8")
+# Tensors of training that the trained function does not depend on.
+_IDLE = {
+    "lora_velora_embed": "VeLoRA's compression of gradients",
+    "lora_monteclora_sampler": "MonteCLoRA's sampler, which only training uses",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """The two factors of one module's LoRA: `a` (r, in) and `b` (out, r)."""
+class AdapterOptions:
+    """What the user says about adapters, where their files do not."""
 
-    module: str
-    a: TensorSpec
-    b: TensorSpec
+    lora_alpha: float | None = None
+    use_rslora: bool | None = None
+    allow_pickle: bool = False
+    rules: tuple[str, ...] = ()
+    expert_b_order: str = "auto"
+    scratch: Path | None = None
 
-    @property
-    def r(self) -> int:
-        return self.a.shape[0]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter folder, as its configuration and header describe it; pairs in the order of the module names."""
+    """An adapter folder, as its configuration and headers describe it.
+
+    `modules` gives the tensors of each tuned module by role, `full` the parameters that are held whole by their path,
+    `shared` the tensors that belong to all modules, by name. `unused` says of every other tensor in the file why
+    nothing of it is merged. `repeats` pairs tensors that must be equal, of which the second is merged; `copies` and
+    `mirrors` are what the file holds of the base, dense and packed, by path. `pickles` names what a rewritten file was.
+    """
 
     folder: Path
-    config: LoraConfig
-    pairs: tuple[Pair, ...]
-    warnings: tuple[str, ...]
+    files: tuple[str, ...]
+    pickles: dict[str, str]
+    config: PeftConfig
+    options: AdapterOptions
+    modules: dict[str, dict[str, View]]
+    full: dict[str, View]
+    shared: dict[str, View]
+    unused: dict[str, str]
+    repeats: tuple[tuple[View, View], ...]
+    copies: dict[str, View]
+    mirrors: dict[str, TensorSpec]
+    notes: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """The file that messages name."""
+        return str(self.folder / self.pickles.get(self.files[0], self.files[0]))
+
+    @property
+    def is_partial(self) -> bool:
+        """True if the files hold the base too."""
+        return bool(self.copies or self.mirrors)
+
+    @property
+    def views(self) -> list[View]:
+        """Every view of a tensor that is merged."""
+        tuned = [view for roles in self.modules.values() for view in roles.values()]
+        return [*tuned, *self.full.values(), *self.shared.values()]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every tensor that is merged, by its name in the file, once."""
+        return tuple(dict.fromkeys(view.spec.name for view in self.views))
 
 
-def read_adapter(folder: Path, *, lora_alpha: float | None = None) -> Adapter:
-    """The adapter in `folder`. Raises InputError, naming the keys, for everything that is not a whole LoRA pair."""
-    if not folder.is_dir():
-        raise InputError("no such folder", where=str(folder), hint="--adapter takes a folder that PEFT saved")
-    if not (folder / WEIGHTS).exists():
-        hint = next((text for name, text in _STRANGERS.items() if (folder / name).exists()), "")
-        raise InputError(f"{WEIGHTS} is missing", where=str(folder), hint=hint or _nested_hint(folder))
-    if extra := [
-        name for name in ("non_lora_trainables.bin", "new_embeddings.safetensors") if (folder / name).exists()
-    ]:
-        raise InputError(f"{extra[0]} holds trained weights that would be lost", where=str(folder))
-    config = read_config(folder, lora_alpha=lora_alpha)
-    header = read_header(folder / WEIGHTS)
-    if not header.tensors:
-        raise InputError("holds no tensors", where=str(folder / WEIGHTS))
-    pairs = _pairs(header.tensors, where=str(folder / WEIGHTS))
-    with time_limit(str(folder / "adapter_config.json")):
-        warnings = [text for pair in pairs for text in _check_rank(pair, config, folder)]
-        outside = [pair.module for pair in pairs if not config.targets(pair.module)]
-    if outside and config.target_modules:
-        warnings.append(
-            f"{folder.name}: target_modules does not name {len(outside)} modules that the file holds, "
-            f"and which are merged: {listing(outside)}"
-        )
-    return Adapter(folder=folder, config=config, pairs=pairs, warnings=tuple(warnings))
+def read_adapter(
+    path: Path,
+    options: AdapterOptions,
+    *,
+    base_modules: Collection[str] = (),
+    base_config: Mapping[str, Any] | None = None,
+    initial: bool = False,
+) -> Adapter:
+    """The adapter in the folder, or the file, at `path`; `base_modules` and `base_config` tell how the base calls its
+    parts, for files with names of their own. `initial` says that the adapter as it was before training is given too.
+
+    Raises InputError, naming the keys, for everything that is not understood.
+    """
+    _refuse_unmergeable(path / CONFIG)
+    saved = read_saved(
+        path,
+        base_modules=base_modules,
+        base_config=base_config or {},
+        lora_alpha=options.lora_alpha,
+        use_rslora=options.use_rslora,
+        allow_pickle=options.allow_pickle,
+        tails=ALL_TAILS,
+        scratch=options.scratch,
+    )
+    config = read_config(
+        saved.config,
+        str(saved.folder / CONFIG),
+        lora_alpha=options.lora_alpha,
+        use_rslora=options.use_rslora,
+        initial=initial,
+    )
+    where = str(saved.folder / saved.pickles.get(saved.files[0], saved.files[0]))
+    parts = _sort(saved, vocab_sizes(dict(base_config or {})), where=where)
+    repeats = _take_repeats(parts, config)
+    return Adapter(
+        folder=saved.folder,
+        files=saved.files,
+        pickles=saved.pickles,
+        config=config,
+        options=options,
+        modules={name: roles for name, roles in sorted(parts.modules.items()) if roles},
+        full=dict(sorted(parts.full.items())),
+        shared=parts.shared,
+        unused={**saved.unused, **parts.unused},
+        repeats=repeats,
+        copies={**saved.copies, **_copies(parts, where)},
+        mirrors=saved.mirrors,
+        notes=tuple(saved.notes),
+    )
 
 
-def _nested_hint(folder: Path) -> str:
-    inner = sorted(path.parent.name for path in folder.glob(f"*/{WEIGHTS}"))
-    return f"adapters are in its sub-folders {listing(inner)}; name one of them" if inner else ""
+def _refuse_unmergeable(path: Path) -> None:
+    """Says that a tuner cannot be merged before anything is said of its tensors."""
+    peft_type = read_object(path).get("peft_type") if path.is_file() else None
+    if isinstance(peft_type, str) and peft_type in UNMERGEABLE:
+        raise InputError(f"peft_type {peft_type!r} cannot be merged: {UNMERGEABLE[peft_type]}", where=str(path))
 
 
-def _pairs(tensors: tuple[TensorSpec, ...], where: str) -> tuple[Pair, ...]:
-    factors: dict[str, dict[str, TensorSpec]] = {}
-    adapters: set[str | None] = set()
-    strange = []
-    for spec in tensors:
-        match = _KEY.fullmatch(spec.name)
-        if match is None:
-            strange.append(spec.name)
-            continue
-        adapters.add(match["adapter"])
-        found = factors.setdefault(match["module"], {})
-        if match["factor"] in found:
-            raise InputError(
-                f"lora_{match['factor']} of {match['module']!r} is there twice: "
-                f"{found[match['factor']].name!r} and {spec.name!r}",
-                where=where,
-            )
-        found[match["factor"]] = spec
-    if strange:
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """The tensors of a file by what they are."""
+
+    modules: dict[str, dict[str, View]] = field(default_factory=dict)
+    full: dict[str, View] = field(default_factory=dict)
+    shared: dict[str, View] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+    copies: list[tuple[Key, View]] = field(default_factory=list)
+
+
+def _sort(saved: Saved, vocab: list[int], where: str) -> _Sorted:
+    """`vocab` are the sizes of the base's vocabulary: a table of another size was made for the adapter."""
+    found = _Sorted()
+    for name, view in saved.tensors.items():
+        key = parse(name, ALL_TAILS)
+        idle = next((why for role, why in _IDLE.items() if key.role.split(".")[0] == role), "")
+        rows = view.size[0] if vocab and view.size else None
+        resized = key.role.startswith("token_adapter.base_layer.") and rows is not None and rows not in vocab
+        if key.role.startswith(("original_module.", "token_adapter.base_layer.")) and not resized:
+            found.unused[view.spec.name] = "copy of the base"
+            found.copies.append((key, view))
+        elif idle:
+            found.unused[view.spec.name] = idle
+        elif key.shared:
+            found.shared[key.role] = view
+        elif key.is_full or key.is_copy:
+            if key.tensor in found.full:
+                names = [found.full[key.tensor].spec.name, view.spec.name]
+                raise InputError(f"{printable(key.tensor)!r} is there twice: {listing(names)}", where=where)
+            found.full[key.tensor] = view
+        else:
+            found.modules.setdefault(key.module, {})[key.role] = view
+    tuned = [view for roles in found.modules.values() for view in roles.values()]
+    _check_views([*tuned, *found.shared.values(), *found.full.values()], where)
+    _check_kinds(found, where)
+    return found
+
+
+def _copies(found: _Sorted, where: str) -> dict[str, View]:
+    """The copies of the base that are left to be compared: not those of modules that were trained beside them."""
+    rest = [(key, view) for key, view in found.copies if key.tensor not in found.full]
+    if lost := [view.spec.name for key, view in rest if key.role.startswith("original_module.")]:
         raise InputError(
-            f"{len(strange)} of {len(tensors)} tensors are not LoRA factors of linear layers: {listing(strange)}",
+            f"{len(lost)} tensors are the originals of modules whose trained copies are missing: {listing(lost)}",
             where=where,
-            hint="nothing is skipped; only base_model.model.<module>.lora_A/lora_B.weight can be merged",
+            hint="the file is incomplete",
         )
-    if len(adapters) > 1:
-        names = sorted(name or "(none)" for name in adapters)
-        raise InputError(f"holds several adapters: {listing(names)}", where=where, hint="save them one by one")
-    pairs = []
-    for module in sorted(factors):
-        missing = {"A", "B"} - factors[module].keys()
-        if missing:
-            present = next(iter(factors[module].values())).name
-            raise InputError(f"{present!r} has no lora_{missing.pop()}", where=where, hint="the file is incomplete")
-        pair = Pair(module=module, a=factors[module]["A"], b=factors[module]["B"])
-        _check_pair(pair, where)
-        pairs.append(pair)
-    return tuple(pairs)
+    return {key.tensor: view for key, view in rest}
 
 
-def _check_pair(pair: Pair, where: str) -> None:
-    for spec in (pair.a, pair.b):
-        if 0 in spec.shape:
+def _take_repeats(found: _Sorted, config: PeftConfig) -> tuple[tuple[View, View], ...]:
+    """Takes out of the modules what they hold once more of the tensors that they share, and trained tables that are
+    there under the name of their wrapper too, as PEFT saves those of a vocabulary that was resized."""
+    tuner = TUNERS.get(config.peft_type)
+    repeats = []
+    for path in [path for path in found.full if f".{_SAVED}." in path]:
+        view, name = found.full.pop(path), path.replace(f".{_SAVED}.", ".")
+        if name in found.full:
+            found.unused[view.spec.name] = f"{found.full[name].spec.name} once more"
+            repeats.append((view, found.full[name]))
+        else:
+            found.full[name] = view
+    for roles in found.modules.values():
+        for name in (name for name in tuner.shared if name in roles and name in found.shared) if tuner else ():
+            view = roles.pop(name)
+            found.unused[view.spec.name] = f"the shared {name} once more"
+            repeats.append((view, found.shared[name]))
+    return tuple(repeats)
+
+
+def _check_views(views: list[View], where: str) -> None:
+    if empty := [view.spec for view in views if view.numel == 0]:
+        raise InputError(
+            f"{printable(empty[0].name)!r} is empty, shape {empty[0].shape}",
+            where=where,
+            hint="ZeRO-3 or FSDP shards were not gathered when it was saved; gather them and save again",
+        )
+    if strange := [view.spec for view in views if view.spec.dtype not in (*_FLOATS, *_INTEGERS)]:
+        kinds = sorted({spec.dtype for spec in strange})
+        raise InputError(
+            f"{printable(strange[0].name)!r} has dtype {listing(kinds)}, need one of {_FLOATS}",
+            where=where,
+        )
+
+
+def _check_kinds(found: _Sorted, where: str) -> None:
+    """Only indices are integers, and no module is both held whole and tuned but for the table that lies under it."""
+    for role, view in (row for roles in (*found.modules.values(), found.shared) for row in roles.items()):
+        known = _INTEGERS if "_indices" in role else _FLOATS
+        if view.spec.dtype not in (*known, *(("F32",) if role == "shira_indices" else ())):  # F32: saved on Windows
             raise InputError(
-                f"{printable(spec.name)!r} is empty, shape {spec.shape}",
+                f"{printable(view.spec.name)!r} has dtype {view.spec.dtype}, need one of {known}", where=where
+            )
+    for path, view in found.full.items():
+        module, _, param = path.rpartition(".")
+        factors = [role for role in found.modules.get(module, {}) if not role.endswith("trainable_tokens_delta")]
+        if factors and param == "weight" and ".base_layer." not in view.spec.name and "lora_embedding_A" not in factors:
+            names = [view.spec.name, *(found.modules[module][role].spec.name for role in sorted(factors))]
+            raise InputError(
+                f"{printable(module)!r} is held whole and tuned, which no training makes: {listing(names)}",
                 where=where,
-                hint="ZeRO-3 or FSDP shards were not gathered when it was saved; gather them and save again",
             )
-        if len(spec.shape) != 2:
-            raise InputError(
-                f"{printable(spec.name)!r} has shape {spec.shape}; only linear layers (2-D) can be merged", where=where
-            )
-        if spec.dtype not in _FACTOR_DTYPES:
-            raise InputError(
-                f"{printable(spec.name)!r} has dtype {spec.dtype}, need one of {_FACTOR_DTYPES}", where=where
-            )
-    if pair.a.shape[0] != pair.b.shape[1]:
-        raise InputError(
-            f"the factors of {pair.module!r} do not fit: lora_A {pair.a.shape}, lora_B {pair.b.shape}", where=where
-        )
-
-
-def _check_rank(pair: Pair, config: LoraConfig, folder: Path) -> list[str]:
-    ranks, alphas = config.matching_ranks(pair.module), config.matching_alphas(pair.module)
-    if pair.r not in ranks:
-        raise InputError(
-            f"{printable(pair.a.name)!r} has r {pair.r}, adapter_config.json says {ranks[0]}",
-            where=str(folder),
-            hint="configuration and weights are of different adapters",
-        )
-    if len(set(alphas)) > 1:
-        # PEFT writes the patterns sorted, so the order of training is lost: the first match may not be training's.
-        return [f"{folder.name}: several alpha patterns match {pair.module}: {alphas}; the first is used"]
-    return []

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from distmerge.adapter.peft_adapter import WEIGHTS, Adapter
+from distmerge.adapter.naming.names import Names
+from distmerge.adapter.peft_adapter import Adapter
+from distmerge.adapter.proof import prove_base
+from distmerge.adapter.saved.training import config_path
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
 from distmerge.errors import InputError, listing, printable
 from distmerge.numerics.dtypes import torch_dtype
 from distmerge.storage.files import open_input, read_exact, sha256_of
 
 _CHUNK_NBYTES = 4 << 20
+# Factors that are zero until training has moved them: a module where they all are is as it was.
+_ZERO_AT_START = (
+    *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"),
+    *("lora_A", "lora_B", "lora_E"),  # AdaLoRA
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,31 +35,86 @@ class AdapterMark:
     config_sha256: str
 
 
-def screen(adapter: Adapter, *, allow_zero_delta: bool) -> tuple[AdapterMark, tuple[str, ...]]:
-    """The digests of the adapter's files, and warnings.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screened:
+    """An adapter's mark, what could be shown of its base, and what is worth a look."""
+
+    mark: AdapterMark
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def screen(adapter: Adapter, names: Names, used: Sequence[TensorSpec], *, allow_zero_delta: bool) -> Screened:
+    """What reading the adapter's bytes shows; `used` are the tensors to hash where the files hold the base too, else
+    none.
 
     Reads every tensor once, in chunks of 4 MiB. Raises InputError for a value that is not finite, naming tensor and
-    place, and for an adapter whose every delta is zero unless `allow_zero_delta`.
+    place, for an adapter whose every delta is zero unless `allow_zero_delta`, and for one that holds copies of another
+    base than that of `names`.
     """
-    path = adapter.folder / WEIGHTS
-    fd = open_input(path)
-    try:
-        zero = [
-            pair.module
-            for pair in adapter.pairs
-            if not (_any_nonzero(fd, pair.a, str(path)) & _any_nonzero(fd, pair.b, str(path)))
-        ]
-    finally:
-        os.close(fd)
-    if len(zero) == len(adapter.pairs) and not allow_zero_delta:
+    nonzero = _nonzero(adapter)
+    zero = [
+        module
+        for module, roles in adapter.modules.items()
+        if any(role in _ZERO_AT_START and view.spec.name not in nonzero for role, view in roles.items())
+    ]
+    if zero and len(zero) == len(adapter.modules) and not adapter.full and not allow_zero_delta:
         raise InputError(
             f"every delta is zero ({listing(zero)}): merging would change nothing",
-            where=str(path),
+            where=adapter.where,
             hint="was it saved before training? --allow-zero-delta merges it all the same",
         )
-    warnings = (f"{adapter.folder.name}: {len(zero)} deltas are zero: {listing(zero)}",) if zero else ()
-    mark = AdapterMark(weights_sha256=sha256_of(path), config_sha256=sha256_of(adapter.folder / "adapter_config.json"))
-    return mark, warnings
+    warnings = [f"{adapter.folder.name}: {len(zero)} deltas are zero: {listing(zero)}"] * bool(zero)
+    config = config_path(adapter.folder)
+    return Screened(
+        mark=AdapterMark(
+            weights_sha256=weights_digest(adapter.folder, adapter.files, used),
+            config_sha256=sha256_of(config) if config is not None else "",
+        ),
+        notes=(*([f"its names were found by {names.how}"] if names.how else []), *prove_base(adapter, names)),
+        warnings=tuple(warnings),
+    )
+
+
+def weights_digest(folder: Path, files: tuple[str, ...], used: Sequence[TensorSpec]) -> str:
+    """The SHA-256 of the one weight file, or over those of several, each with its name; with `used` over the names,
+    shapes and bytes of these tensors alone."""
+    if used:
+        return _tensors_digest(folder, used)
+    if len(files) == 1:
+        return sha256_of(folder / files[0])
+    # A pickle that was rewritten lies in a folder of the run's own, whose name is no part of the adapter.
+    lines = "".join(f"{sha256_of(folder / name)}  {Path(name).is_absolute() or name}\n" for name in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _tensors_digest(folder: Path, used: Sequence[TensorSpec]) -> str:
+    digest = hashlib.sha256()
+    for spec in used:
+        digest.update(f"{spec.name} {spec.dtype} {spec.shape}\n".encode())
+        fd = open_input(folder / spec.file)
+        try:
+            for offset in range(0, spec.nbytes, _CHUNK_NBYTES):
+                data = bytearray(min(_CHUNK_NBYTES, spec.nbytes - offset))
+                read_exact(fd, memoryview(data), spec.begin + offset, spec.file)
+                digest.update(data)
+        finally:
+            os.close(fd)
+    return digest.hexdigest()
+
+
+def _nonzero(adapter: Adapter) -> set[str]:
+    """The tensors that are merged and not zero everywhere, by their names in the file."""
+    specs = {view.spec.name: view.spec for view in adapter.views}
+    found = set()
+    for file in adapter.files:
+        where = str(adapter.folder / adapter.pickles.get(file, file))
+        fd = open_input(adapter.folder / file)
+        try:
+            found |= {name for name, spec in specs.items() if spec.file == file and _any_nonzero(fd, spec, where)}
+        finally:
+            os.close(fd)
+    return found
 
 
 def _any_nonzero(fd: int, spec: TensorSpec, where: str) -> bool:
@@ -60,7 +126,7 @@ def _any_nonzero(fd: int, spec: TensorSpec, where: str) -> bool:
         finite = torch.isfinite(values)
         if not finite.all():
             first = offset // ITEMSIZE[spec.dtype] + int((~finite).nonzero()[0])
-            place = [first // spec.shape[1], first % spec.shape[1]]
+            place = [int(index) for index in torch.unravel_index(torch.tensor(first), spec.shape)]
             value = values[int((~finite).nonzero()[0])].item()
             raise InputError(f"{printable(spec.name)!r} holds {value} at {place}", where=where)
         found = found or bool(values.any())

@@ -88,7 +88,8 @@ def parse_header(raw: bytes, data_nbytes: int, *, where: str, file: str) -> Head
     if not raw.startswith(b"{"):
         raise InputError("the header must begin with '{'", where=where)
     entries = parse_object(raw, where)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError("__metadata__ must map strings to strings", where=where)
     start = 8 + len(raw)

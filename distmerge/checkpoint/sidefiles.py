@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,6 +14,7 @@ from typing import Any
 from distmerge.checkpoint.base import Base, nested_configs
 from distmerge.errors import InputError, MachineError, printable
 from distmerge.storage.files import copy_file, io_errors, sha256_of
+from distmerge.storage.strict_json import read_object
 
 _NEVER = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data"),
@@ -38,16 +39,44 @@ class SideFile:
     sha256: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewHead:
+    """A head that the base lacks, of `num_labels` outputs, trained for a task as PEFT calls it; `where` names it."""
+
+    task_type: str
+    num_labels: int
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigEdits:
+    """What the merge changes in the configuration, which begins as `config`: embeddings no longer tied, a vocabulary of
+    another size (old and new), a new head."""
+
+    config: dict[str, Any]
+    untie: bool = False
+    vocab: tuple[int, int] | None = None
+    head: NewHead | None = None
+
+
 def find_side_files(
-    base: Path, adapters: tuple[Path, ...], *, weights: tuple[tuple[str, ...], ...], made: set[str]
+    base: Path,
+    adapters: tuple[Path, ...],
+    *,
+    weights: tuple[tuple[str, ...], ...],
+    made: set[str],
+    silent: Container[int] = (),
 ) -> tuple[SideFile, ...]:
     """Every file that goes into the output unchanged, by name: those of the base, overlaid by tokenizer and template
-    files of the adapters in their order, but for the names in `made`, which the merge writes itself.
+    files of the adapters in their order, those in `silent` (counted from 1) apart, but for the names in `made`, which
+    the merge writes itself.
 
     `weights` are the weight files of the base and of each adapter. Raises InputError for a link that leads elsewhere
     than to the folder or to where its weights are."""
     chosen = {name: 0 for name in _walk(base) if name not in made and not _is_weight(name)}
     for number, folder in enumerate(adapters, start=1):
+        if number in silent:
+            continue
         for name in _walk(folder):
             if "/" not in name and any(fnmatch(name, pattern) for pattern in _OVERLAY) and not _is_weight(name):
                 chosen[name] = number
@@ -70,20 +99,68 @@ def copy_side_file(folder: Path, file: SideFile, target: Path) -> None:
         raise MachineError("changed during the merge", where=str(folder / file.name), hint="run the same command again")
 
 
-def output_config(base: Base, dtypes: dict[str, int], *, recast: bool) -> bytes | None:
+def output_config(base: Base, dtypes: dict[str, int], edits: ConfigEdits, *, recast: bool) -> bytes | None:
     """config.json of the output, or None when the base's own bytes stay true.
 
     `dtypes` counts the output's elements by dtype; `recast` says that `--dtype` was given. Quantization sections go,
     at every level, since nothing in the output is packed; `dtype` becomes that of most floats when it changed.
     """
-    config = deepcopy(base.config)
+    config = deepcopy(edits.config)
     stale = [part for part in nested_configs(config) if part.pop("quantization_config", None) is not None]
     if recast or base.packed:
         floats = {dtype: count for dtype, count in dtypes.items() if dtype in _DTYPE_NAMES}
         _set_dtype(config, _DTYPE_NAMES[max(floats, key=lambda dtype: floats[dtype])])
-    if config == base.config and not stale:
+    if edits.untie:
+        for part in nested_configs(config):
+            if "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+        config["tie_word_embeddings"] = False
+    if edits.vocab is not None:
+        for part in nested_configs(config):
+            if part.get("vocab_size") == edits.vocab[0]:
+                part["vocab_size"] = edits.vocab[1]
+    if edits.head is not None:
+        _set_head(config, edits.head)
+    # The base's layers may have been repeated, so that `edits.config` is not what is on disk.
+    stored = read_object(base.folder / "config.json") if (base.folder / "config.json").exists() else {}
+    if config == stored and not stale:
         return None
     return (json.dumps(config, indent=2) + "\n").encode()
+
+
+_HEADS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_OTHER_HEADS = (
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "LMHeadModel",
+    "ForMaskedLM",
+    "ForPreTraining",
+    *_HEADS.values(),
+    "Model",
+)
+
+
+def _set_head(config: dict[str, Any], head: NewHead) -> None:
+    """Names the class that has the new head, and its labels. Raises InputError where they cannot be known."""
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    tail = _HEADS.get(head.task_type)
+    if tail is None or not isinstance(name, str) or not name.endswith(_OTHER_HEADS):
+        raise InputError(
+            f"is a head that the base lacks, and task_type {printable(head.task_type)!r} does not tell its class",
+            where=printable(head.where),
+            hint="merge into a base that has the head, or set task_type in adapter_config.json",
+        )
+    stem = next(name.removesuffix(other) for other in _OTHER_HEADS if name.endswith(other))
+    config["architectures"] = [stem + tail]
+    labels = config.get("id2label")
+    if head.task_type != "QUESTION_ANS" and (not isinstance(labels, dict) or len(labels) != head.num_labels):
+        config["id2label"] = {str(number): f"LABEL_{number}" for number in range(head.num_labels)}
+        config["label2id"] = {f"LABEL_{number}": number for number in range(head.num_labels)}
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

@@ -1,7 +1,8 @@
-"""LoRA arithmetic: deltas added in float32, norms of deltas from their factors."""
+"""LoRA arithmetic: products of factors added in float32, norms of deltas from their factors."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,28 +11,31 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """One delta, `scaling * b @ a`: `a` (r, in) and `b` (out, r), float32 on the device of the merge."""
+    """Deltas of n matrices, `scaling * b[i] @ a[i]`: `a` (n, r, in) and `b` (n, out, r) on the device of the merge,
+    float32 or, for verification, float64."""
 
     a: Tensor
     b: Tensor
     scaling: float
 
+    def transpose(self) -> Factors:
+        """The factors of the transposed deltas, (in, out)."""
+        return Factors(a=self.b.mT, b=self.a.mT, scaling=self.scaling)
 
-def add_deltas(weight: Tensor, factors: tuple[Factors, ...], *, rows: slice, cols: slice) -> int:
-    """Adds to `weight`, float32 (rows, cols), that part of every delta, one after another, in place; returns how many.
+
+def add_delta(weight: Tensor, factors: Factors, matrix: int, *, rows: slice, cols: slice) -> None:
+    """Adds to `weight` (rows, cols) in place that part of delta number `matrix`.
 
     The inner dimension is never split. Products of other shapes may still take other kernels and give other last bits
     (one to three rows do on some CPUs), so callers that want equal bits cut a tensor into equal blocks.
     """
-    added = 0
-    for factor in factors:
-        weight.addmm_(factor.b[rows], factor.a[:, cols], alpha=factor.scaling)
-        added += 1
-    return added
+    weight.addmm_(factors.b[matrix, rows], factors.a[matrix, :, cols], alpha=factors.scaling)
 
 
-def delta_norm(factor: Factors) -> float:
-    """The Frobenius norm of `scaling * b @ a`, from the r x r Gram matrices: `tr((b'b)(aa'))`, in float64."""
-    a, b = factor.a.double(), factor.b.double()
-    squared = torch.sum((b.T @ b) * (a @ a.T)).clamp_min(0)
-    return abs(factor.scaling) * float(squared.sqrt())
+def delta_norm(factors: Factors) -> float:
+    """The Frobenius norm of all deltas `scaling * b @ a`, from the r x r Gram matrices: `tr((b'b)(aa'))`, float64."""
+    squared = 0.0
+    for a, b in zip(factors.a, factors.b, strict=True):
+        wide_a, wide_b = a.double(), b.double()
+        squared += float(torch.sum((wide_b.T @ wide_b) * (wide_a @ wide_a.T)).clamp_min(0))
+    return abs(factors.scaling) * math.sqrt(squared)

@@ -105,3 +105,22 @@ def dynamic_map() -> Tensor:
         fractions = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)).tolist()
         values += [*fractions, *(-fraction for fraction in fractions)]
     return torch.tensor(sorted(values))
+
+
+# bitsandbytes' FP4, by code: 1 sign, 2 exponent and 1 mantissa bit (functional.get_4bit_type).
+FP4 = torch.tensor([0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, -0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0]) / 12
+
+
+def codes_of(weight: Tensor, quant_map: Tensor, *, blocksize: int) -> Tensor:
+    """The bytes, uint8 (n / 2,), in which bitsandbytes packs the flat `weight`, whose length is even: each block times
+    the reciprocal of its largest magnitude (a last one that is not full is divided by it), then the nearest code."""
+    values = weight.float()
+    whole = len(values) // blocksize * blocksize
+    blocks = values[:whole].view(-1, blocksize)
+    scaled = (blocks * (1 / blocks.abs().amax(1).clamp_min(1e-38))[:, None]).view(-1)
+    tail = values[whole:]
+    if len(tail):
+        scaled = torch.cat([scaled, tail / tail.abs().amax().clamp_min(1e-38)])
+    ordered, order = torch.sort(quant_map)
+    codes = order[torch.bucketize(scaled.clamp(-1, 1), (ordered[:-1] + ordered[1:]) / 2)].to(torch.uint8).view(-1, 2)
+    return (codes[:, 0] << 4) | codes[:, 1]

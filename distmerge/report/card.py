@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from distmerge import __version__
 from distmerge.plan import Plan
 
+_AUTO_CLASSES = (
+    *((f"For{task}", f"AutoModelFor{task}") for task in ("CausalLM", "SequenceClassification", "TokenClassification")),
+    ("LMHeadModel", "AutoModelForCausalLM"),
+    ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+    ("ForConditionalGeneration", "AutoModelForImageTextToText"),
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def model_card(plan: Plan, base_name: str, num_applied: int) -> str:
-    """The model card in Markdown, with metadata that the Hub reads."""
+def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, Any]) -> str:
+    """The model card in Markdown, with metadata that the Hub reads; `config` is the output's configuration."""
     from huggingface_hub import ModelCardData
 
-    told = [adapter.base_model for adapter in plan.adapters if _HUB_NAME.fullmatch(adapter.base_model)]
-    several = len(plan.adapters) > 1
+    merged = [adapter for adapter in plan.adapters if not adapter.initial]
+    told = [adapter.base_model for adapter in merged if _HUB_NAME.fullmatch(adapter.base_model)]
+    several = len(merged) > 1
     metadata = ModelCardData(
         base_model=told[0] if told else None, library_name="transformers", tags=["distmerge", "lora", "merge"]
     )
     if told:
         metadata["base_model_relation"] = "merge" if several else "finetune"
+    auto_class = _auto_class(config)
     packed = any(task.source.packing for task in plan.tasks)
     lines = [
         "---",
         metadata.to_yaml(),
         "---",
         "",
-        f"# {base_name}, with {_join([adapter.name for adapter in plan.adapters])} merged in",
+        f"# {base_name}, with {_join([adapter.name for adapter in merged])} merged in",
         "",
         f"This checkpoint is [{base_name}]"
         + (f"(https://huggingface.co/{told[0]})" if told else "")
         + " with the deltas of "
         + ("these adapters" if several else "this adapter")
+        + ("" if plan.combine.is_sum else f" combined ({_cell(str(plan.combine))}) and")
         + " added to its weights by distmerge "
         + f"{__version__}:",
         "",
         "| adapter | weight | tensors | SHA-256 |",
         "| --- | --- | --- | --- |",
         *(
-            f"| {_cell(adapter.name)} | {adapter.weight:g} | {adapter.num_tensors} | `{adapter.weights_sha256}` |"
+            f"| {_cell(adapter.name)}{' (as it began, taken off)' * adapter.initial} | {adapter.weight:g} "
+            f"| {adapter.num_tensors} | `{adapter.weights_sha256}` |"
             for adapter in plan.adapters
         ),
         "",
@@ -52,9 +63,9 @@ def model_card(plan: Plan, base_name: str, num_applied: int) -> str:
         + "`merge_receipt.json` lists every adapter tensor with the tensor it went into, and every file's SHA-256.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto_class}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        f'model = {auto_class}.from_pretrained("path/to/this/folder")',
         "```",
         "",
         "Served as any other checkpoint: `vllm serve path/to/this/folder`. Checked by `distmerge verify "
@@ -62,6 +73,13 @@ def model_card(plan: Plan, base_name: str, num_applied: int) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _auto_class(config: dict[str, Any]) -> str:
+    """The class of transformers that loads the output."""
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "ForCausalLM"
+    return next((auto for tail, auto in _AUTO_CLASSES if name.endswith(tail)), "AutoModel")
 
 
 def _join(names: list[str]) -> str:

@@ -21,7 +21,7 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         kind["bytes_read"] += task.source.nbytes_read
         kind["bytes_written"] += task.nbytes
     lanes = count_lanes(plan, config.memory_budget, wanted=wanted_lanes)
-    buffers = lanes * plan.lane_nbytes + (lanes + 1) * plan.factors_nbytes
+    buffers = lanes * (plan.lane_nbytes + plan.held_nbytes) + plan.loading_nbytes
     device = plan.fingerprint["device"]
     return {
         "plan": plan.digest,
@@ -32,6 +32,7 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         "lanes_per_rank": lanes,
         "memory_per_rank": buffers,
         "device_memory_per_rank": 0 if device == "cpu" else buffers,
+        "combine": str(plan.combine),
         "kinds": kinds,
         "packed_tensors": sum(task.source.packing is not None for task in plan.tasks),
         "adapters": [asdict(adapter) for adapter in plan.adapters],
@@ -42,6 +43,7 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         "config_changed": plan.config_json is not None,
         "room_needed": room_nbytes,
         "room_free": free_nbytes(config.output.parent),
+        "notes": list(plan.notes),
         "warnings": list(plan.warnings),
     }
 
@@ -51,6 +53,8 @@ def plan_table(facts: dict[str, Any]) -> str:
     rows = [("base", facts["base"])]
     for adapter in facts["adapters"]:
         rows.append(("adapter", f"{adapter['name']}  weight {adapter['weight']:g}, {adapter['num_tensors']} tensors"))
+    if facts["combine"] != "sum":
+        rows.append(("combine", facts["combine"]))
     for kind in ("merge", "convert", "copy"):
         if found := facts["kinds"].get(kind):
             read, written = gigabytes(found["bytes_read"]), gigabytes(found["bytes_written"])
@@ -69,6 +73,7 @@ def plan_table(facts: dict[str, Any]) -> str:
     rows.append(("memory", memory))
     rows.append(("room", f"{gigabytes(facts['room_needed'])} needed, {gigabytes(facts['room_free'])} free"))
     lines = [f"{label:<9}{text}" for label, text in rows]
+    lines += [f"{'note':<9}{note}" for note in facts["notes"]]
     lines += [f"{'warning':<9}{warning}" for warning in facts["warnings"]]
     if facts["room_free"] < facts["room_needed"]:
         lines.append(f"{'warning':<9}the output does not fit in {os.path.dirname(facts['output']) or '.'}")

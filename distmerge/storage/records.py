@@ -37,19 +37,33 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind) and isinstance(kind, type):
         return _record_decoder(kind)
+    if kind is Any:
+        return lambda value: value
     if origin is tuple:
         return _tuple_decoder([_decoder(arg) for arg in args if arg is not Ellipsis], open_ended=args[-1] is Ellipsis)
     if origin is dict:
         inner = _decoder(args[1])
         return lambda value: {key: inner(item) for key, item in _expect(dict, value).items()}
     if origin in (types.UnionType, typing.Union):
-        inner = _decoder(next(arg for arg in args if arg is not types.NoneType))
-        return lambda value: None if value is None else inner(value)
+        return _union_decoder(tuple(arg for arg in args if arg is not types.NoneType), optional=types.NoneType in args)
     if origin is typing.Literal:
         return lambda value: _expect_one_of(args, value)
     if kind is float:
         return lambda value: float(value) if type(value) is int else _expect(float, value)
     return lambda value: _expect(kind, value)
+
+
+def _union_decoder(kinds: tuple[Any, ...], *, optional: bool) -> Callable[[Any], Any]:
+    """Unions are of one type and None, or of a string and a tuple."""
+    inner = _decoder(kinds[0])
+    others = [_decoder(kind) for kind in kinds[1:]]
+
+    def build(value: Any) -> Any:
+        if value is None and optional:
+            return None
+        return others[0](value) if others and isinstance(value, list) else inner(value)
+
+    return build
 
 
 def _expect(kind: Any, value: Any) -> Any:

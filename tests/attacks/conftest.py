@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks.scene import Scene
+from tests.attacks.scene import Scene, small_scene
 
 
 def _scene(folder: Path, base: Path, adapter: Path) -> Scene:
@@ -21,6 +21,12 @@ def _scene(folder: Path, base: Path, adapter: Path) -> Scene:
 def scene(base: Path, adapter: Path, tmp_path: Path) -> Scene:
     """A bf16 base in shards, a fitting adapter, an output that is not there."""
     return _scene(tmp_path, base, adapter)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Scene:
+    """A model of one tuned layer, quick to plan."""
+    return small_scene(tmp_path)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +22,10 @@ from distmerge.errors import DistmergeError, InputError
 from tests import factories
 
 LONGEST_MESSAGE = 4000
+Q = "model.layers.0.self_attn.q_proj"
+TABLE, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+FRONT = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def traces(folder: Path) -> dict[str, str]:
@@ -101,6 +106,19 @@ class Scene:
         values = json.loads(path.read_text())
         path.write_text(json.dumps({key: value for key, value in values.items() if key not in fields}))
 
+    def write(self, tensors: dict[str, Tensor], **config: Any) -> None:
+        """Writes another adapter in place of this one."""
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.adapter / WEIGHTS)
+        (self.adapter / CONFIG).write_text(json.dumps(config))
+
+    def try_plan(self, **changes: Any) -> DistmergeError | None:
+        """The error that planning ends with, if any, which must be a refusal that a person can read."""
+        error = failure(lambda: distmerge.plan(self.config(**changes)))
+        assert error is None or (type(error) is InputError and error.where and error.what), error
+        assert len(str(error)) < LONGEST_MESSAGE
+        assert all(char.isprintable() or char == "\n" for char in str(error)), repr(str(error))
+        return error
+
     @property
     def index(self) -> Path:
         return self.base / "model.safetensors.index.json"
@@ -137,3 +155,14 @@ def header_of(entries: Any) -> bytes:
 
 def entry(begin: Any = 0, end: Any = 16, *, dtype: Any = "F32", shape: Any = (2, 2)) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def small_scene(folder: Path, **config: Any) -> Scene:
+    """A model of one tuned layer `Q` (8, 12) with a bias, embedding, norm and head, in float32, and a LoRA on `Q`."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"{Q}.weight": (8, 12), f"{Q}.bias": (8,), TABLE: (20, 12), NORM: (12,), HEAD: (20, 12)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    base = factories.write_base(folder / "base", tensors, **{"vocab_size": 20, "tie_word_embeddings": False, **config})
+    pair = (torch.randn(2, 12, generator=generator), torch.randn(8, 2, generator=generator))
+    adapter = factories.write_adapter(folder / "lora", {Q: pair}, alpha=4)
+    return Scene(folder=folder, base=base, adapter=adapter, output=folder / "out")

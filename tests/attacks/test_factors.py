@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import distmerge
 from tests.attacks.scene import Scene
+from tests.conftest import digests
 from tests.factories import KEY, load_folder
 
 A, B = f"{KEY}.lora_A.weight", f"{KEY}.lora_B.weight"
@@ -46,10 +47,29 @@ def test_factors_that_zero_3_did_not_gather_are_refused(scene: Scene, shape: tup
     scene.refuse(A, shape, WEIGHTS, hint="gather")
 
 
-@pytest.mark.parametrize("shape", [(), (256,), (4, 64, 1), (4, 64, 1, 1), (4, 16, 2, 2)])
-def test_factors_of_other_than_two_dimensions_are_refused(scene: Scene, shape: tuple[int, ...]) -> None:
-    scene.spoil_factors(lambda tensors: {**tensors, A: torch.ones(shape)})
-    scene.refuse(A, shape, "2-D")
+@pytest.mark.parametrize("key", [A, B])
+@pytest.mark.parametrize("shape", [(), (1,), (256,)])
+def test_factors_without_two_dimensions_are_refused(scene: Scene, key: str, shape: tuple[int, ...]) -> None:
+    scene.spoil_factors(lambda tensors: {**tensors, key: torch.ones(shape)})
+    scene.refuse(key, shape, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [(A, (4, 16, 2, 2)), (A, (4, 64, 2)), (A, (1, 4, 64)), (B, (64, 2, 2)), (B, (64, 4, 1, 3)), (B, (1, 64, 4))],
+)
+def test_a_kernel_that_the_base_does_not_have_is_refused(scene: Scene, key: str, shape: tuple[int, ...]) -> None:
+    scene.spoil_factors(lambda tensors: {**tensors, key: torch.ones(shape)})
+    scene.refuse(key, shape, WEIGHTS)
+
+
+@pytest.mark.parametrize("ones", [1, 2, 3])
+def test_a_kernel_of_one_element_is_the_matrix_that_it_is(scene: Scene, ones: int) -> None:
+    scene.merge(output=scene.folder / "flat")
+    kernel = (1,) * ones
+    scene.spoil_factors(lambda tensors: {name: t.view(*t.shape, *kernel) for name, t in tensors.items()})
+    scene.merge()
+    assert digests(scene.output) == digests(scene.folder / "flat")
 
 
 @pytest.mark.parametrize(
@@ -147,20 +167,34 @@ def test_a_target_with_another_number_of_dimensions_is_refused(scene: Scene) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"),
+    ("name", "what", "hint"),
     [
-        ("adapter_model.bin", "safetensors"),
-        ("pytorch_model_fsdp_0/__0_0.distcp", "FSDP"),
-        ("zero_to_fp32.py", "zero_to_fp32"),
-        ("adapters.safetensors", "MLX"),
-        ("checkpoint-10/adapter_model.safetensors", "checkpoint-10"),
+        ("adapter_model.bin", "pickle", "--allow-pickle"),
+        ("adapter_model.pt", "pickle", "--allow-pickle"),
+        ("some.ckpt", "pickle", "--allow-pickle"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "FSDP", "accelerate merge-weights"),
+        ("__0_0.distcp", "FSDP", "accelerate merge-weights"),
+        ("zero_to_fp32.py", "DeepSpeed", "zero_to_fp32"),
+        ("global_step10/zero_pp_rank_0_mp_rank_00_model_states.pt", "DeepSpeed", "zero_to_fp32"),
+        ("iter_0000010/mp_rank_00", "Megatron", "Megatron-Bridge"),
+        ("adapters.safetensors", "only 2 bytes", "download"),
+        ("checkpoint-10/adapter_model.safetensors", f"{WEIGHTS} is missing", "checkpoint-10"),
+        ("optimizer.pt", f"{WEIGHTS} is missing", "--adapter"),
     ],
 )
-def test_a_folder_that_training_left_unfinished_is_refused_with_the_way_on(scene: Scene, name: str, hint: str) -> None:
+def test_a_folder_that_training_left_unfinished_is_refused_with_the_way_on(
+    scene: Scene, name: str, what: str, hint: str
+) -> None:
     (scene.adapter / WEIGHTS).unlink()
     (scene.adapter / name).parent.mkdir(exist_ok=True)
     (scene.adapter / name).write_bytes(b"\x80\x04")
-    scene.refuse(f"{WEIGHTS} is missing", scene.adapter, hint=hint)
+    scene.refuse(what, scene.adapter, hint=hint)
+
+
+def test_of_several_weight_files_none_is_guessed(scene: Scene) -> None:
+    (scene.adapter / WEIGHTS).rename(scene.adapter / "one.safetensors")
+    (scene.adapter / "two.safetensors").write_bytes((scene.adapter / "one.safetensors").read_bytes())
+    scene.refuse("one.safetensors", "two.safetensors", scene.adapter, hint="name the file")
 
 
 @pytest.mark.parametrize("name", ["non_lora_trainables.bin", "new_embeddings.safetensors"])
@@ -169,9 +203,20 @@ def test_trained_weights_beside_the_adapter_are_refused(scene: Scene, name: str)
     scene.refuse(name, scene.adapter)
 
 
-def test_an_adapter_that_is_a_file_or_not_there_is_refused(scene: Scene) -> None:
+def test_an_adapter_that_is_not_there_is_refused(scene: Scene) -> None:
     scene.refuse("nowhere", adapters=(scene.folder / "nowhere",), hint="--adapter")
-    scene.refuse(WEIGHTS, adapters=(scene.adapter / WEIGHTS,), hint="--adapter")
+
+
+def test_the_weight_file_itself_means_what_its_folder_means(scene: Scene) -> None:
+    scene.merge(output=scene.folder / "by folder")
+    scene.merge(adapters=(scene.adapter / WEIGHTS,))
+    assert digests(scene.output) == digests(scene.folder / "by folder")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "README.md", "tokenizer.json"])
+def test_a_file_that_holds_no_weights_is_no_adapter(scene: Scene, name: str) -> None:
+    (scene.adapter / name).write_text("{}" * 40)
+    scene.refuse(name, adapters=(scene.adapter / name,))
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distmerge.adapter.peft_adapter import read_adapter
+from distmerge.adapter.peft_adapter import AdapterOptions, read_adapter
 from tests import oracles
 from tests.factories import LINEARS, load_folder, merge, rewrite_adapter, save_adapter, write_adapter
 
@@ -157,5 +157,5 @@ def test_an_adapter_that_names_each_of_2000_modules_in_its_patterns_is_read(tmp_
     ranks = {f"model.layers.{number // 8}.experts.{number % 8}.up_proj": 1 + number % 3 for number in range(2000)}
     pairs = {module: (torch.ones(r, 2), torch.ones(2, r)) for module, r in ranks.items()}
     patterns = {"rank_pattern": ranks, "alpha_pattern": {module: 2.0 * r for module, r in ranks.items()}}
-    lora = read_adapter(write_adapter(tmp_path / "lora", pairs, **patterns), lora_alpha=None)
-    assert len(lora.pairs) == 2000
+    lora = read_adapter(write_adapter(tmp_path / "lora", pairs, **patterns), AdapterOptions())
+    assert len(lora.modules) == 2000

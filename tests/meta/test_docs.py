@@ -13,6 +13,7 @@ import yaml
 from distmerge import __version__
 from distmerge.cli import cli, recipe_types
 from distmerge.config import read_recipe
+from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")])
@@ -21,6 +22,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/
 def test_the_command_line_page_is_what_help_says() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["page"]()
     assert (ROOT / "docs" / "cli.md").read_text() == made, "run `make docs`"
+
+
+def test_the_page_on_formats_is_what_the_registries_say() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_formats.py"))["page"]()
+    assert (ROOT / "docs" / "formats.md").read_text() == made, "run `make docs`"
+    cells = {cell.strip() for line in made.splitlines() for cell in line.split("|")}
+    assert not {*OPERATORS, *LOW_RANK} - cells, "every operator has a line"
 
 
 def test_every_promise_names_a_test_that_exists() -> None:

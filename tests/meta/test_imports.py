@@ -24,7 +24,7 @@ LAYERS = [
     ["storage", "config", "progress", "parent"],
     ["numerics", "checkpoint", "world"],
     ["adapter"],
-    ["layout", "plan", "reader", "stream"],
+    ["layout", "outputs", "plan", "reader", "lanes", "stream"],
     ["claim", "work", "verify", "receipt", "report", "publish", "share"],
     ["merge", "audit", "inspection", "demo"],
     ["run"],
@@ -40,7 +40,7 @@ DOORS = {
     "rich": {"distmerge.progress"},
     "huggingface_hub": {"distmerge.report.card"},
     "bitsandbytes": set(),
-    "transformers": set(),
+    "transformers": {"distmerge.adapter.naming.conversion"},
     "peft": set(),
     "pickle": set(),
 }

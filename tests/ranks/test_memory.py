@@ -16,16 +16,16 @@ from tests.conftest import environment
 pytestmark = [pytest.mark.ranks, pytest.mark.real, pytest.mark.timeout(900)]
 
 BUDGET = 256 << 20
-_PEAK = """
+PEAK = """
 import re, sys
 from pathlib import Path
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print("peak", peak, file=sys.stderr)
 """
-_MERGE = "import sys\nfrom distmerge.cli import main\ntry:\n  main()\nfinally:\n" + _PEAK.replace("\n", "\n  ")
+MERGE = "import sys\nfrom distmerge.cli import main\ntry:\n  main()\nfinally:\n" + PEAK.replace("\n", "\n  ")
 
 
-def _peak(program: str, *args: object) -> int:
+def peak(program: str, *args: object) -> int:
     """The largest resident size, in bytes, of a process that runs `program`."""
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, args)],
@@ -46,16 +46,16 @@ def test_peak_memory_does_not_grow_with_the_model_and_keeps_to_the_budget(tmp_pa
         nbytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         adapter = factories.synthetic_adapter(tmp_path / "adapter", base)
         output = tmp_path / "merged"
-        peaks[nbytes] = _peak(
-            _MERGE,
+        peaks[nbytes] = peak(
+            MERGE,
             *("merge", "--base", base, "--adapter", adapter, "--output", output),
             *("--nproc", 1, "--memory-budget", BUDGET),
         )
         assert json.loads((output / "merge_receipt.json").read_text())["ledger"]
         for folder in (base, adapter, output):
             shutil.rmtree(folder)
-    imported = _peak("import torch" + _PEAK)
-    print({f"{nbytes / 1e9:.2f} GB": f"{peak / 2**20:.1f} MiB" for nbytes, peak in peaks.items()})
+    imported = peak("import torch" + PEAK)
+    print({f"{nbytes / 1e9:.2f} GB": f"{largest / 2**20:.1f} MiB" for nbytes, largest in peaks.items()})
     print(f"import torch: {imported / 2**20:.1f} MiB, budget: {BUDGET / 2**20:.0f} MiB")
     small, large = peaks.values()
     assert large < 1.05 * small

@@ -7,16 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distmerge.numerics.lora import Factors, add_deltas, delta_norm
+from distmerge.numerics.lora import Factors, add_delta, delta_norm
 
 ALL = slice(None)
 SHAPES = pytest.mark.parametrize(("rows", "cols"), [(64, 64), (96, 40), (33, 257)])
 
 
+def add_deltas(weight: torch.Tensor, deltas: tuple[Factors, ...], *, rows: slice, cols: slice) -> None:
+    for delta in deltas:
+        add_delta(weight, delta, 0, rows=rows, cols=cols)
+
+
 def factors(rows: int, cols: int, r: int, *, scaling: float = 1.5, seed: int = 0) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(r, cols, generator=generator), torch.randn(rows, r, generator=generator)
-    return Factors(a=a, b=b, scaling=scaling)
+    return Factors(a=a[None], b=b[None], scaling=scaling)
 
 
 @SHAPES
@@ -25,8 +30,8 @@ def test_a_delta_is_scaling_times_b_times_a(rows: int, cols: int, r: int) -> Non
     factor, base = factors(rows, cols, r, scaling=-0.75), torch.randn(rows, cols)
     weight = base.clone()
     add_deltas(weight, (factor,), rows=ALL, cols=ALL)
-    exact = base.double() - 0.75 * (factor.b.double() @ factor.a.double())
-    bound = base.double().abs() + 0.75 * (factor.b.double().abs() @ factor.a.double().abs())
+    exact = base.double() - 0.75 * (factor.b[0].double() @ factor.a[0].double())
+    bound = base.double().abs() + 0.75 * (factor.b[0].double().abs() @ factor.a[0].double().abs())
     assert ((weight.double() - exact).abs() <= bound * (r + 3) * 2.0**-24).all()
 
 
@@ -67,7 +72,7 @@ def test_bands_of_many_rows_give_the_bits_of_the_whole(rows: int, cols: int) -> 
 
 
 def test_deltas_are_added_in_float32_even_where_bfloat16_would_lose_them() -> None:
-    tiny = Factors(a=torch.full((1, 8), 2.0**-10), b=torch.ones(4, 1), scaling=1.0)
+    tiny = Factors(a=torch.full((1, 1, 8), 2.0**-10), b=torch.ones(1, 4, 1), scaling=1.0)
     weight = torch.ones(4, 8)
     add_deltas(weight, (tiny,) * 16, rows=ALL, cols=ALL)
     assert torch.equal(weight, torch.full((4, 8), 1 + 2.0**-6))
@@ -85,11 +90,11 @@ def test_a_zero_b_leaves_every_bit_unchanged() -> None:
 @pytest.mark.parametrize(("r", "scaling"), [(1, 2.0), (4, -0.3), (48, 1e-4)])
 def test_the_norm_of_a_delta_is_that_of_the_product(rows: int, cols: int, r: int, scaling: float) -> None:
     factor = factors(rows, cols, r, scaling=scaling)
-    direct = float(torch.linalg.norm(scaling * (factor.b.double() @ factor.a.double())))
+    direct = float(torch.linalg.norm(scaling * (factor.b[0].double() @ factor.a[0].double())))
     assert delta_norm(factor) == pytest.approx(direct, rel=1e-9)
 
 
 def test_the_norm_of_a_delta_that_cancels_is_zero_and_never_nan() -> None:
     row = torch.randn(1, 16)
-    factor = Factors(a=torch.cat([row, -row]), b=torch.ones(8, 2), scaling=3.0)
+    factor = Factors(a=torch.cat([row, -row])[None], b=torch.ones(1, 8, 2), scaling=3.0)
     assert delta_norm(factor) == pytest.approx(0.0, abs=1e-6)

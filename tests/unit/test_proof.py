@@ -39,9 +39,9 @@ def honest(plan: Plan) -> tuple[list[SegmentRecord], list[ShardRecord]]:
                 PieceRecord(
                     task=piece.task,
                     numel=numel,
-                    num_deltas=len(task.deltas),
+                    changed=(numel,) * len(task.changes),
                     applied_squared=1.0,
-                    delta_norms=(1.0,) * len(task.deltas) * (piece.first == 0),
+                    delta_squared=(1.0,) * len(task.changes),
                 )
             )
         segments.append(SegmentRecord(segment=number, crc32=0, pieces=tuple(pieces)))
@@ -82,12 +82,12 @@ Change = Callable[[list[SegmentRecord]], list[SegmentRecord]]
         (lambda s: [s[0], *s[:1], *s[2:]], "1 segments were not done: '1'"),
         (lambda s: [*s, replace(s[0], segment=99)], "done twice: '99'"),
         (lambda s: [*s, replace(s[0], segment=-1)], "done twice: '-1'"),
-        (lambda s: piece(s, 0, num_deltas=0), "'long'"),
-        (lambda s: piece(s, 1, num_deltas=2), "'long'"),
+        (lambda s: piece(s, 0, changed=()), "'long'"),
+        (lambda s: piece(s, 1, changed=(s[1].pieces[0].numel - 1,)), "'long'"),
         (lambda s: piece(s, 0, numel=s[0].pieces[0].numel - 1), "'long'"),
         (lambda s: piece(s, 0, numel=s[0].pieces[0].numel + 1), "'long'"),
-        (lambda s: piece(s, 0, numel=0, num_deltas=1), "'long'"),
-        (lambda s: piece(piece(s, 0, num_deltas=0), 1, num_deltas=2), "'long'"),
+        (lambda s: piece(s, 0, numel=0), "'long'"),
+        (lambda s: piece(piece(s, 0, changed=(0,)), 1, changed=(2 * s[1].pieces[0].numel,)), "'long'"),
         (lambda s: piece(piece(s, 0, numel=s[0].pieces[0].numel - 1), 1, numel=s[1].pieces[0].numel + 1), "'long'"),
         (lambda s: piece(s, 0, task=1), "did other tensors"),
         (lambda s: [replace(s[0], pieces=()), *s[1:]], "did other tensors"),
@@ -118,7 +118,7 @@ def test_a_weight_file_that_is_missing_or_double_is_refused(plan: Plan, change: 
 
 def test_an_adapter_tensor_that_the_plan_forgot_is_refused(plan: Plan) -> None:
     more = replace(plan, adapters=(replace(plan.adapters[0], num_tensors=6),))
-    with pytest.raises(VerifyError, match="4 adapter tensors were applied, the adapters hold 6"):
+    with pytest.raises(VerifyError, match="4 tensors were applied, the adapter holds 6"):
         check_records(more, *honest(plan))
 
 

@@ -24,9 +24,9 @@ PIECE = st.builds(
     PieceRecord,
     task=COUNT,
     numel=COUNT,
-    num_deltas=COUNT,
+    changed=st.lists(COUNT, max_size=3).map(tuple),
     applied_squared=NUMBER,
-    delta_norms=st.lists(NUMBER, max_size=3).map(tuple),
+    delta_squared=st.lists(NUMBER, max_size=3).map(tuple),
 )
 SEGMENT = st.builds(SegmentRecord, segment=COUNT, crc32=COUNT, pieces=st.lists(PIECE, max_size=4).map(tuple))
 SHARD = st.builds(ShardRecord, file=COUNT, nbytes=COUNT, sha256=st.text())
@@ -36,7 +36,7 @@ RECORDS = st.builds(
     shards=st.lists(SHARD, max_size=3).map(tuple),
     num_kept=COUNT,
 )
-PIECE_JSON = {"task": 1, "numel": 2, "num_deltas": 0, "applied_squared": 0.5, "delta_norms": [1.0]}
+PIECE_JSON = {"task": 1, "numel": 2, "changed": [2], "applied_squared": 0.5, "delta_squared": [1.0]}
 
 
 @given(RECORDS)
@@ -69,11 +69,11 @@ def test_equal_values_have_equal_text_whatever_the_order_of_their_keys() -> None
         {"task": None},
         {"applied_squared": "0.5"},
         {"applied_squared": None},
-        {"delta_norms": [None]},
-        {"delta_norms": ["x"]},
-        {"delta_norms": 5},
-        {"delta_norms": None},
-        {"delta_norms": {}},
+        {"delta_squared": [None]},
+        {"delta_squared": ["x"]},
+        {"delta_squared": 5},
+        {"delta_squared": None},
+        {"delta_squared": {}},
         {"unknown": 1},
     ],
     ids=str,
@@ -105,16 +105,28 @@ class Sample:
     marks: dict[str, str]
     maybe: ShardRecord | None
     kind: Literal["copy", "merge"]
+    either: str | tuple[str, ...]
+    free: dict[str, Any]
 
 
 SAMPLE = {"names": ["a"], "pair": [1, "x"], "marks": {"k": "v"}, "maybe": None, "kind": "copy"}
+SAMPLE |= {"either": "a", "free": {"scaling": 1.5, "rows": [1, 2]}}
 
 
 def test_every_kind_of_field_comes_back_equal() -> None:
     shard = ShardRecord(file=1, nbytes=2, sha256="ab", segment_crc32s=(1, 2))
     for maybe in (None, shard):
-        sample = Sample(names=("a", "b"), pair=(1, "x"), marks={"k": "v"}, maybe=maybe, kind="merge")
-        assert decode(Sample, json.loads(encode(sample))) == sample
+        for either in ("one", ("one", "two")):
+            sample = Sample(
+                names=("a", "b"),
+                pair=(1, "x"),
+                marks={"k": "v"},
+                maybe=maybe,
+                kind="merge",
+                either=either,
+                free={"scaling": 1.5, "rows": [1, 2], "told": None},
+            )
+            assert decode(Sample, json.loads(encode(sample))) == sample
 
 
 @pytest.mark.parametrize(
@@ -132,6 +144,10 @@ def test_every_kind_of_field_comes_back_equal() -> None:
         {"maybe": {"file": 1}},
         {"kind": "move"},
         {"kind": []},
+        {"either": 1},
+        {"either": [1]},
+        {"either": None},
+        {"free": []},
     ],
     ids=str,
 )
