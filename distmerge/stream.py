@@ -177,7 +177,11 @@ class Stream:
             def count(lane: Lane, block: tuple[int, int]) -> None:
                 nonlocal total
                 with lane.work_order():
-                    deltas = self._reader.read_deltas(lane.buffers, task, *block, changes.parts)
+                    try:
+                        deltas = self._reader.read_deltas(lane.buffers, task, *block, changes.parts)
+                    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                        what = f"cannot be decomposed ({error}); is every value of the base finite?"
+                        raise VerifyError(what, where=task.name) from None
                     found = histograms(deltas, uppers).cpu()
                 with self._lock:
                     total = total + found
