@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -12,13 +13,14 @@ from typing import Any
 from distmerge import __version__
 from distmerge.adapter.indices import check_indices
 from distmerge.adapter.initial import check_initial
+from distmerge.adapter.naming.conversion import read_names
 from distmerge.adapter.naming.names import Names
 from distmerge.adapter.peft_adapter import Adapter, AdapterOptions, read_adapter
 from distmerge.adapter.resolve import untouched_targets
 from distmerge.adapter.screen import Screened, screen
 from distmerge.checkpoint.base import INDEX, RECEIPT, Base, FileMark, folder_name, read_base
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, build_header
-from distmerge.checkpoint.sidefiles import SideFile, find_side_files, output_config
+from distmerge.checkpoint.sidefiles import NewHead, SideFile, find_side_files, output_config
 from distmerge.config import DEFAULT_SHARD_NBYTES, DTYPES, AdapterChoice, MergeConfig
 from distmerge.errors import InputError, listing, printable
 from distmerge.layout import (
@@ -180,6 +182,8 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
         notes += [f"{adapter.folder.name}: {text}" for text in (*adapter.notes, *found.notes)]
         warnings += [*found.warnings, *_doubts(adapter, outputs.names[number])]
     config_json = _output_config(base, outputs, tasks, config)
+    if outputs.edits.head is not None and config_json is not None:
+        _check_head(outputs.edits.head, base, tasks, json.loads(config_json))
     made = {"README.md", RECEIPT, INDEX, *(file.name for file in files)}
     if config_json is not None:
         made.add("config.json")
@@ -245,6 +249,22 @@ def _planned(adapter: Adapter, weight: float, names: Names, unused: dict[str, st
         unused={**adapter.unused, **unused},
         names=names.how,
     )
+
+
+def _check_head(head: NewHead, base: Base, tasks: tuple[Task, ...], config: dict[str, Any]) -> None:
+    """Raises InputError if the class with the new head has parameters that nobody brings: they were random in training
+    and are not saved. Where transformers does not know the class, nothing is known of its parameters."""
+    model = read_names(base.folder, {task.name: task.source.shape for task in tasks}, config=config)
+    if isinstance(model, str):
+        return
+    tied = {name for group in model.tied for name in group[1:]}
+    if lost := [name for name in model.shapes if name not in tied and not model.slots(name)]:
+        raise InputError(
+            f"{config['architectures'][0]} has {len(lost)} parameters that neither base nor adapter holds: "
+            f"{listing(lost)}",
+            where=head.where,
+            hint="training began with random values that it did not save; train with modules_to_save for them",
+        )
 
 
 def _output_config(base: Base, outputs: Outputs, tasks: tuple[Task, ...], config: MergeConfig) -> str | None:

@@ -69,8 +69,11 @@ class ModelNames:
         return self._tables.is_transposed(module)
 
 
-def read_names(folder: Path, disk: Mapping[str, tuple[int, ...]]) -> ModelNames | str:
-    """The names of the base in `folder`, whose checkpoint has the tensors `disk`: dense shapes by name.
+def read_names(
+    folder: Path, disk: Mapping[str, tuple[int, ...]], *, config: dict[str, Any] | None = None
+) -> ModelNames | str:
+    """The names of the base in `folder`, whose checkpoint has the tensors `disk`: dense shapes by name. `config` takes
+    the place of its config.json.
 
     Where they cannot be known, says why: transformers is not installed, or has no such architecture. Reads
     config.json and nothing else, builds the class without data, and never runs code that is not transformers' own.
@@ -85,7 +88,7 @@ def read_names(folder: Path, disk: Mapping[str, tuple[int, ...]]) -> ModelNames 
     except ImportError:
         return f"transformers {transformers.__version__} has no conversion tables; version 5 has"
     try:
-        config = read_object(folder / "config.json")
+        config = read_object(folder / "config.json") if config is None else config
     except (InputError, OSError):
         return "config.json is missing or malformed"
     architectures = config.get("architectures")
