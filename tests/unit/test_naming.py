@@ -264,6 +264,7 @@ def test_what_is_returned_is_known_and_complete(paths: list[str], names: list[st
 
 @pytest.mark.parametrize("module", ["tables", "slots", "boxes", "conversion"])
 def test_names_are_resolved_before_torch_is_imported(module: str, tmp_path: Path) -> None:
-    code = f"import sys, distmerge.adapter.naming.{module}; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    heavy = "[n for n in ('torch', 'transformers') if n in sys.modules]"
+    code = f"import sys, distmerge.adapter.naming.{module}; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
     assert done.stdout == "[]\n"
