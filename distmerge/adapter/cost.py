@@ -14,7 +14,7 @@ _INTEGERS = ("I64", "I32", "U8")
 # While a factor is computed in float64 its inputs are there, the result and a temporary of its size.
 _FACTOR_NBYTES = 3 * 8
 # Rotations are solved for in float32, with several temporaries of their size.
-_PREPARED_NBYTES = 8 * 4
+_PREPARED_NBYTES = 14 * 4
 
 
 def computed(change: Change) -> Computed:
