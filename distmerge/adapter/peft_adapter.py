@@ -180,7 +180,8 @@ def _sort(saved: Saved, vocab: list[int], where: str) -> _Sorted:
             found.full[key.tensor] = view
         else:
             found.modules.setdefault(key.module, {})[key.role] = view
-    tuned = [view for roles in found.modules.values() for view in roles.values()]
+    pruned = saved.config.get("peft_type") == "ADALORA"
+    tuned = [view for roles in found.modules.values() if not (pruned and _is_pruned(roles)) for view in roles.values()]
     _check_views([*tuned, *found.shared.values(), *found.full.values()], where)
     _check_kinds(found, where)
     return found
@@ -216,6 +217,12 @@ def _take_repeats(found: _Sorted, config: PeftConfig) -> tuple[tuple[View, View]
             found.unused[view.spec.name] = f"the shared {name} once more"
             repeats.append((view, found.shared[name]))
     return tuple(repeats)
+
+
+def _is_pruned(roles: Mapping[str, View]) -> bool:
+    """True for a module that AdaLoRA left no rank, whose tensors are empty for that reason."""
+    a, b, e = (roles[role].size if role in roles else () for role in ("lora_A", "lora_B", "lora_E"))
+    return len(a) == len(b) == 2 and e == (0, 1) and a[0] == b[1] == 0 and bool(a[1] and b[0])
 
 
 def _check_views(views: list[View], where: str) -> None:

@@ -23,7 +23,11 @@ _CHUNK_NBYTES = 4 << 20
 # Factors that are zero until training has moved them: a module where they all are is as it was.
 _ZERO_AT_START = (
     *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"),
-    *("lora_A", "lora_B", "lora_E"),  # AdaLoRA
+    *("lora_A", "lora_B", "lora_E", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),  # AdaLoRA, LoHa
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "vera_lambda_b", "vera_lambda_d"),
+    *("pvera_lambda_b", "hira_A", "hira_B", "delora_A", "delora_B", "delora_lambda", "c3a_kernel", "oft_R.weight"),
+    *("miss_block", "bone_block", "shira_weight", "fourierft_spectrum", "waveft_spectrum", "beft_bias"),
+    *("randlora_lambda", "randlora_gamma", "unilora_scales_A", "unilora_scales_B", "peanut_B.weight"),
 )
 
 

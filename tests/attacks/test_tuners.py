@@ -235,7 +235,7 @@ def test_a_tensor_under_two_names_or_of_two_adapters_is_refused(small: Scene, sa
 @each_sample
 def test_no_value_of_an_option_makes_anything_but_a_plan_or_a_refusal(small: Scene, sample: str) -> None:
     config, tensors = make(sample)
-    options = SAMPLES[sample][0].keys() | {"alpha_pattern", "rank_pattern", "init_weights", "bias", "modules_to_save"}
+    options = SAMPLES[sample][0].keys() | {"alpha_pattern", "rank_pattern", "init_weights", "bias", "peft_version"}
     for field in sorted(options & FIELDS[config["peft_type"]]):
         for value in HOSTILE:
             small.write(tensors, **config)
@@ -321,6 +321,64 @@ def test_options_that_mean_nothing_for_a_tuner_are_refused(small: Scene, sample:
     small.write(tensors, **config)
     small.refuse("--lora-alpha", tuner_of(sample), lora_alpha=3.0)
     small.refuse("--use-rslora", tuner_of(sample), use_rslora=True)
+
+
+@pytest.mark.parametrize("shapes", [((0, 12), (8, 0), (0, 1))])
+def test_a_module_that_adalora_pruned_whole_stays_as_it_is(small: Scene, shapes: tuple[Shape, ...]) -> None:
+    config, tensors = make("ADALORA")
+    names = ("lora_A", "lora_B", "lora_E")
+    pruned = {key_of(name): torch.ones(shape) for name, shape in zip(names, shapes, strict=True)}
+    head = {f"{FRONT}lm_head.{name}": tensors[key_of(name)] for name in names}
+    head[f"{FRONT}lm_head.lora_B"] = torch.ones(20, 2)
+    small.write({**pruned, **head}, **config)
+    small.merge()
+    merged, base = load_folder(small.output), load_folder(small.base)
+    assert torch.equal(merged[f"{Q}.weight"], base[f"{Q}.weight"])
+    assert not torch.equal(merged["lm_head.weight"], base["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "lora_E"])
+@pytest.mark.parametrize("shape", [(0,), (0, 0), (0, 12), (8, 0), (2, 0)], ids=str)
+def test_an_empty_tensor_that_pruning_does_not_leave_is_refused(small: Scene, name: str, shape: Shape) -> None:
+    config, tensors = make("ADALORA")
+    small.write({**tensors, key_of(name): torch.ones(shape)}, **config)
+    small.refuse(key_of(name), WEIGHTS, hint="gather")
+
+
+CHANGES_NOTHING = {
+    "ADALORA": "lora_E",
+    "BEFT": "beft_bias",
+    "BONE": "bone_block",
+    "BONE bat": "bone_block",
+    "C3A": "c3a_kernel",
+    "DELORA": "delora_lambda",
+    "FOURIERFT": "fourierft_spectrum",
+    "HIRA": "hira_B",
+    "LOHA": "hada_w2_b",
+    "LOKR": "lokr_w1",
+    "MISS": "miss_block",
+    "MISS mini": "miss_block",
+    "OFT": "oft_R.weight",
+    "OFT series": "oft_R.weight",
+    "PEANUT": "peanut_B.weight",
+    "PVERA": "pvera_lambda_b",
+    "RANDLORA": "randlora_lambda",
+    "SHIRA": "shira_weight",
+    "UNILORA": "unilora_scales_B",
+    "VERA": "vera_lambda_b",
+    "WAVEFT": "waveft_spectrum",
+}
+
+
+@pytest.mark.parametrize("sample", CHANGES_NOTHING)
+def test_an_adapter_that_changes_nothing_is_refused_unless_allowed(small: Scene, sample: str) -> None:
+    config, tensors = make(sample)
+    tensors[key_of(CHANGES_NOTHING[sample])].zero_()
+    small.write(tensors, **config)
+    small.refuse("zero", Q, WEIGHTS, hint="--allow-zero-delta")
+    small.merge(allow_zero_delta=True)
+    merged, base = load_folder(small.output), load_folder(small.base)
+    assert all(torch.allclose(merged[name], base[name], atol=1e-6) for name in base)
 
 
 INDICES = [

@@ -215,13 +215,12 @@ def test_a_head_that_the_base_lacks_is_refused_unless_it_is_known(
     assert any(name in message for name in tensors), message
 
 
-def test_a_known_head_that_the_base_lacks_is_added(small: Scene) -> None:
-    edit_json(small.base / "config.json", architectures=["LlamaForCausalLM"])
-    small.spoil_config(modules_to_save=["score"], task_type="SEQ_CLS")
-    add(small, **{f"{FRONT}score.weight": torch.ones(3, 12)})
-    small.merge()
-    assert load_folder(small.output)["score.weight"].shape == (3, 12)
-    assert json.loads((small.output / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+def test_a_known_head_that_the_base_lacks_is_added(scene: Scene) -> None:
+    scene.spoil_config(modules_to_save=["score"], task_type="SEQ_CLS")
+    add(scene, **{f"{FRONT}score.weight": torch.ones(3, 64)})
+    scene.merge()
+    assert load_folder(scene.output)["score.weight"].shape == (3, 64)
+    assert json.loads((scene.output / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
 
 
 # -- several adapters
