@@ -112,6 +112,7 @@ def test_packed_bytes_that_are_not_the_bases_are_refused_by_name(raw: Scene, key
             f"{FRONT}model.layers.7.x.weight",
         ),
         *(f"{KEY}.base_layer.extra", f"{KEY}.extra", f"{KEY}.lora_C.default.weight", f"{KEY}.lora_A.default.bias"),
+        *(f"{FRONT}{NORM}.absmax", f"{KEY}.base_layer.weight.quant_map", "extra.absmax", f"{FRONT}extra.SCB"),
         *("extra", f"{FRONT}{Q}.lora_diag.default", f"{FRONT}{Q}.hada_w1_a.default"),
         *(f"{FRONT}lm_head.original_module.weight.x", f"{FRONT}model.norm.base_layer.base_layer.weight"),
     ],
@@ -120,6 +121,17 @@ def test_a_tensor_that_is_neither_of_the_base_nor_of_the_adapter_is_refused_by_n
     raw.spoil_factors(lambda tensors: {**tensors, name: torch.ones(8)})
     message = raw.refuse(WEIGHTS)
     assert any(f"'{part}'" in message for part in (name, name.removeprefix(FRONT), Q)) or "several" in message, message
+
+
+def test_what_lies_beside_packed_bytes_is_no_parameter(raw: Scene) -> None:
+    from distmerge.numerics.nf4 import NF4, codes_of
+
+    weight = load_folder(raw.base)[HEAD]
+    packed = codes_of(weight.view(-1), NF4, blocksize=64)[:, None]
+    companions = {f"{FRONT}{HEAD}.{tail}": torch.ones(4) for tail in ("absmax", "quant_map")}
+    raw.spoil_factors(lambda tensors: {**tensors, **companions, f"{FRONT}{HEAD}": packed})
+    raw.merge()
+    assert digests(raw.output) == digests(raw.folder / "clean")
 
 
 @pytest.mark.parametrize("key", [A, B])

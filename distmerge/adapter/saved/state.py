@@ -15,7 +15,9 @@ from distmerge.errors import InputError, listing, printable
 Row = tuple[TensorSpec, Key]
 
 # What bitsandbytes stores beside a packed weight.
-_COMPANION = re.compile(r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format)")
+_COMPANION = re.compile(
+    r"(?P<weight>.*)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format)"
+)
 _BUFFERS = re.compile(r"(.*\.)?((original_)?inv_freq|position_ids|_extra_state)")
 _HEADS = ("lm_head", "embed_out", "output", "output_layer", "score")
 _FACTORS = ("lora_A.weight", "lora_embedding_A")
@@ -42,12 +44,13 @@ def read_state(source: Source, *, tails: Collection[str]) -> Dialect:
 
 def _read_raw(rows: list[Row], config: Mapping[str, Any], where: str) -> Dialect:
     merged, copied, mirrors, unused = [], [], {}, _idle(rows, config)
+    packed = {key.tensor for spec, key in rows if _is_packed(spec, key) or spec.dtype == "I8"}
     for spec, key in rows:
         if spec.name in unused:
             continue
         if not (key.role == FULL or key.is_copy) or _is_trained(key, config):
             merged.append((key.canonical, View.whole(spec)))
-        elif _COMPANION.fullmatch(key.tensor) or _BUFFERS.fullmatch(key.tensor):
+        elif _is_companion(key, packed) or _BUFFERS.fullmatch(key.tensor):
             unused[spec.name] = "no parameter"
         elif key.param == "weight" and spec.dtype == "I8":
             unused[spec.name] = "int8 copy of the base"
@@ -93,6 +96,12 @@ def _is_trained(key: Key, config: Mapping[str, Any]) -> bool:
     parts = key.module.split(".")
     paths = [".".join(parts[: end + 1]) for end in range(len(parts))]
     return key.role == FULL and any(isinstance(name, str) and path.endswith(name) for name in modules for path in paths)
+
+
+def _is_companion(key: Key, packed: Collection[str]) -> bool:
+    """True for what lies beside a weight that is packed."""
+    match = _COMPANION.fullmatch(key.tensor)
+    return match is not None and (match["weight"] in packed or f"{match['weight']}.weight" in packed)
 
 
 def _is_packed(spec: TensorSpec, key: Key) -> bool:
