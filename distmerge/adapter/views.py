@@ -60,12 +60,6 @@ class View:
         size = (*self.size[:dim], length, *self.size[dim + 1 :])
         return View(spec=self.spec, offset=self.offset + start * self.stride[dim], size=size, stride=self.stride)
 
-    def select(self, dim: int, index: int) -> View:
-        """Entry `index` of dimension `dim`, which is gone."""
-        view = self.narrow(dim, index, 1)
-        size, stride = (values[:dim] + values[dim + 1 :] for values in (view.size, view.stride))
-        return View(spec=self.spec, offset=view.offset, size=size, stride=stride)
-
     def permute(self, *dims: int) -> View:
         """The dimensions in another order."""
         if sorted(dims) != list(range(len(self.size))):

@@ -129,7 +129,7 @@ def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         return [SINGLE], None
     if index:
         weight_map = read_object(folder / INDEX).get("weight_map")
-        return _shards_of_index(folder, weight_map), weight_map
+        return shards_of_index(folder, weight_map, str(folder / INDEX)), weight_map
     found = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf", ".pt"))
     hint = "save the model as safetensors first (save_pretrained)" if found else "is this the folder of a checkpoint?"
     raise InputError(
@@ -139,17 +139,18 @@ def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     )
 
 
-def _shards_of_index(folder: Path, weight_map: Any) -> list[str]:
-    where = str(folder / INDEX)
+def shards_of_index(folder: Path, weight_map: Any, where: str, *, suffix: str = ".safetensors") -> list[str]:
+    """The files that an index's `weight_map` names, in the order of their names. Raises InputError, naming them, for
+    files that are not there or not plain names of the folder that end in `suffix`."""
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError("weight_map must map tensor names to file names", where=where)
     if not weight_map:
         raise InputError("weight_map is empty", where=where)
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+        if not is_plain_name(shard) or not shard.endswith(suffix):
             raise InputError(
-                f"shard {printable(shard)!r} is not a plain .safetensors file name",
+                f"shard {printable(shard)!r} is not a plain {suffix} file name",
                 where=where,
                 hint="an index may only name files of its own folder",
             )
@@ -157,7 +158,7 @@ def _shards_of_index(folder: Path, weight_map: Any) -> list[str]:
         raise InputError(
             f"{len(missing)} of {len(shards)} shards are missing: {listing(missing)}",
             where=str(folder),
-            hint="finish the download of the base",
+            hint="finish the download, or the copy, of the checkpoint",
         )
     return shards
 

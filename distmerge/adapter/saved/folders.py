@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from distmerge.checkpoint.base import is_plain_name
-from distmerge.errors import InputError, listing, printable
+from distmerge.checkpoint.base import shards_of_index
+from distmerge.errors import InputError, listing
 from distmerge.storage.files import lookup_errors
 from distmerge.storage.strict_json import read_object
 
@@ -78,28 +78,8 @@ def find_weights(path: Path) -> Found:
 
 def _indexed(folder: Path, index: str) -> tuple[str, ...]:
     weight_map = read_object(folder / index).get("weight_map")
-    where = str(folder / index)
-    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_text, weight_map.values())):
-        raise InputError("weight_map must map tensor names to file names", where=where)
-    shards = sorted(set(weight_map.values()))
     suffix = Path(index.removesuffix(".index.json")).suffix
-    if strange := [shard for shard in shards if not is_plain_name(shard) or not shard.endswith(suffix)]:
-        raise InputError(
-            f"shard {printable(strange[0])!r} is not a plain {suffix} file name",
-            where=where,
-            hint="an index may only name files of its own folder",
-        )
-    if missing := [shard for shard in shards if not (folder / shard).exists()]:
-        raise InputError(
-            f"{len(missing)} of {len(shards)} shards are missing: {listing(missing)}",
-            where=str(folder),
-            hint="finish the copy of the checkpoint",
-        )
-    return tuple(shards)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+    return tuple(shards_of_index(folder, weight_map, str(folder / index), suffix=suffix))
 
 
 def _refuse_lost_rows(folder: Path, names: set[str]) -> None:
