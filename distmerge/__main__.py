@@ -1,5 +1,5 @@
 """`python -m distmerge` and `torchrun -m distmerge` are `distmerge`."""
 
-from distmerge.cli import main
+from distmerge.cli.main import main
 
 main()

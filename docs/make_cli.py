@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from distmerge.cli import cli
+from distmerge.cli.main import cli
 
 _INTRO = """\
 # Command line

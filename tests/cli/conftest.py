@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distmerge.cli import main
+from distmerge.cli.main import main
 
 
 @dataclass(frozen=True)

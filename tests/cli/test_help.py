@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from distmerge.cli import cli as group
+from distmerge.cli.main import cli as group
 from tests.conftest import environment
 
 COMMANDS = ("merge", "plan", "verify", "inspect", "demo")
@@ -21,7 +21,7 @@ def test_all_commands_of_the_contract_are_there() -> None:
 @pytest.mark.parametrize("args", [("--help",), ("-h",), ("--version",), *((name, "--help") for name in COMMANDS)])
 def test_help_imports_neither_torch_nor_rich_nor_yaml(args: tuple[str, ...]) -> None:
     program = (
-        "import sys; from distmerge.cli import main\n"
+        "import sys; from distmerge.cli.main import main\n"
         f"sys.argv = ['distmerge', *{args!r}]\n"
         "try: main()\n"
         "finally: print(sorted({'torch', 'rich', 'yaml', 'numpy', 'safetensors', 'transformers', 'huggingface_hub'}"

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from distmerge import __version__
-from distmerge.cli import cli, recipe_types
+from distmerge.cli.main import cli
+from distmerge.cli.options import recipe_types
 from distmerge.config import read_recipe
 from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 

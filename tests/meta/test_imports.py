@@ -104,7 +104,9 @@ def test_imports_have_no_circle() -> None:
 
 @pytest.mark.parametrize("package", sorted(DOORS))
 def test_a_third_party_package_has_one_door(package: str) -> None:
-    assert {module for module in MODULES if any(within(name, package) for name in imports(module))} == DOORS[package]
+    users = {module for module in MODULES if any(within(name, package) for name in imports(module))}
+    doors = DOORS[package]  # modules, or whole rooms
+    assert {next((door for door in doors if within(user, door)), user) for user in users} == doors
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if within(module, "distmerge.numerics")])
@@ -126,7 +128,7 @@ def test_a_file_is_at_most_400_lines_and_a_function_at_most_60(module: str) -> N
     assert {name: length for name, length in lengths.items() if length > 60} == {}
 
 
-@pytest.mark.parametrize("module", ["distmerge", "distmerge.cli", "distmerge.config", "distmerge.errors"])
+@pytest.mark.parametrize("module", ["distmerge", "distmerge.cli.main", "distmerge.config", "distmerge.errors"])
 def test_starting_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; print([n for n in ('torch', 'transformers', 'yaml', 'rich') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print("peak", peak, file=sys.stderr)
 """
-MERGE = "import sys\nfrom distmerge.cli import main\ntry:\n  main()\nfinally:\n" + PEAK.replace("\n", "\n  ")
+MERGE = "import sys\nfrom distmerge.cli.main import main\ntry:\n  main()\nfinally:\n" + PEAK.replace("\n", "\n  ")
 
 
 def peak(program: str, *args: object) -> int:
