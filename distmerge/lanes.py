@@ -12,9 +12,10 @@ from typing import Generic, TypeVar
 
 import torch
 
+from distmerge.dense import Buffers, host_pair, view_of
 from distmerge.errors import MachineError
 from distmerge.plan import Plan
-from distmerge.reader import Buffers, Reader, host_pair, view_of
+from distmerge.reader import Reader
 
 _POLL_SECONDS = 0.1
 B = TypeVar("B")

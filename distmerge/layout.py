@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distmerge.adapter.changes import Change
-from distmerge.checkpoint.formats import Stored
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec, build_header
+from distmerge.checkpoint.packing import Stored
 
 # The unit of reading, arithmetic and writing. It is a constant, not a share of the memory budget: the same matrix
 # products in the same shapes give the same bits, whatever the budget and the number of ranks.
@@ -77,7 +77,8 @@ class Task(Wanted):
     def stored_block_nbytes(self) -> int:
         """Bytes of the largest block as its source stores it, companions apart."""
         numel = self.largest_block_numel
-        return numel // 2 + 1 if self.source.packing else numel * ITEMSIZE[self.source.data.dtype]
+        packing = self.source.packing
+        return packing.data_nbytes(numel) if packing else numel * ITEMSIZE[self.source.data.dtype]
 
     @property
     def num_blocks(self) -> int:

@@ -11,8 +11,8 @@ from distmerge.adapter.peft_adapter import Adapter
 from distmerge.adapter.resolve import Resolved, resolve
 from distmerge.adapter.tied import Tie, check_tie, find_pair, find_tie, refuse_other_ties, untied
 from distmerge.checkpoint.base import Base
-from distmerge.checkpoint.formats import Stored
 from distmerge.checkpoint.layers import replicate_layers, vocab_sizes
+from distmerge.checkpoint.packing import Stored
 from distmerge.checkpoint.sidefiles import ConfigEdits, NewHead
 from distmerge.errors import InputError, listing, printable
 

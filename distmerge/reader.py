@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -16,10 +14,10 @@ from torch import Tensor
 from distmerge.adapter.changes import ADD, LORA, Change
 from distmerge.adapter.views import View
 from distmerge.checkpoint.base import FileMark, check_mark
-from distmerge.checkpoint.formats import Packing, Stored
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
+from distmerge.checkpoint.packing import Stored
+from distmerge.dense import Buffers, Dense, settle
 from distmerge.layout import KEPT_STACKS, Task
-from distmerge.numerics import nf4
 from distmerge.numerics.apply import Loaded, as_rows, in_float64
 from distmerge.numerics.combine import Combination, Delta, Part, deltas_of
 from distmerge.numerics.dtypes import torch_dtype
@@ -31,26 +29,6 @@ from distmerge.storage.files import open_input, read_exact
 _MAX_OPEN = 64
 
 
-class Buffers:
-    """Room for one block on its way in: as stored, as codes, and in float32; on an accelerator with a pinned copy of
-    the first on the host."""
-
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        stored = max(task.stored_block_nbytes for task in plan.tasks)
-        packed = max((task.largest_block_numel for task in plan.tasks if task.source.packing), default=0)
-        self.stored, self.host = host_pair(stored, device)
-        self.view = view_of(self.host)
-        self.work = torch.empty(plan.block_numel + 2, dtype=torch.float32, device=device)
-        self.dense = torch.empty(4 * packed, dtype=torch.uint8, device=device)
-        self.index = torch.empty(packed and packed // 2 + 1, dtype=torch.int32, device=device)
-
-    def upload(self, nbytes: int) -> Tensor:
-        """The first `nbytes` of what was read, on the device."""
-        if self.stored is not self.host:
-            self.stored[:nbytes].copy_(self.host[:nbytes], non_blocking=True)
-        return self.stored[:nbytes]
-
-
 class Reader:
     """Reads the tensors of `plan` from `base` and `adapters` (folders); several threads may use it at once, each with
     buffers of its own."""
@@ -59,7 +37,7 @@ class Reader:
         self._plan, self._folders, self._device = plan, (base, *adapters), device
         self._marks = {mark.name: mark for mark in plan.base_files}
         self._fds: dict[Path, int] = {}
-        self._tables: dict[bytes, Tensor] = {}
+        self._dense = Dense(self.read, device)
         # A stack of experts is read once, not once for each of them.
         self._kept: dict[tuple[int, str, str], Tensor] = {}
         self._lock = threading.Lock()
@@ -87,59 +65,11 @@ class Reader:
 
     def read_dense(self, buffers: Buffers, stored: Stored, first: int, last: int, *, origin: int = 0) -> Tensor:
         """Elements [first, last) of `stored` in its dense dtype, on the device."""
-        if stored.packing is None:
-            size = ITEMSIZE[stored.data.dtype]
-            self.read(stored.data, first * size, buffers.view[: (last - first) * size], origin=origin)
-            return buffers.upload((last - first) * size).view(torch_dtype(stored.data.dtype))
-        odd, nbytes = first % 2, -(-last // 2) - first // 2
-        self.read(stored.data, first // 2, buffers.view[:nbytes])
-        table = self._table(stored.packing.quant_map, nf4.pair_table)
-        nf4.unpack(buffers.upload(nbytes), table, buffers.index[:nbytes], buffers.work[: 2 * nbytes])
-        values = buffers.work[odd : odd + last - first]
-        absmax = self._absmax(stored.packing, first, last)
-        nf4.scale(values, absmax, first=first, blocksize=stored.packing.blocksize)
-        dense = buffers.dense.view(torch_dtype(stored.dtype))[: last - first]
-        return dense.copy_(values)
-
-    def _absmax(self, packing: Packing, first: int, last: int) -> Tensor:
-        """The float32 scales of the blocks that hold elements [first, last), from the file."""
-        begin, end = first // packing.blocksize, (last - 1) // packing.blocksize + 1
-        if packing.nested_absmax is not None and packing.nested_quant_map is not None:
-            size = packing.nested_blocksize
-            codes = self._items(packing.absmax, begin, end)
-            scales = self._items(packing.nested_absmax, begin // size, (end - 1) // size + 1)
-            table = self._table(packing.nested_quant_map, lambda quant_map: quant_map)
-            return nf4.nested_absmax(codes, table, scales, first=begin, blocksize=size, offset=packing.nested_offset)
-        if len(packing.absmax.shape) == 1:
-            return self._items(packing.absmax, begin, end).float()
-        # Written as (in / blocksize, out): each of the tensor's rows is a column there.
-        per_row, rows = packing.absmax.shape
-        top, bottom = begin // per_row, (end - 1) // per_row + 1
-        columns = [self._items(packing.absmax, k * rows + top, k * rows + bottom) for k in range(per_row)]
-        return torch.stack(columns, dim=1).float().view(-1)[begin - top * per_row : end - top * per_row]
-
-    def _items(self, spec: TensorSpec, begin: int, end: int) -> Tensor:
-        """Elements [begin, end) of a small tensor, on the device."""
-        size = ITEMSIZE[spec.dtype]
-        data = bytearray((end - begin) * size)
-        self.read(spec, begin * size, memoryview(data))
-        return torch.frombuffer(data, dtype=torch_dtype(spec.dtype)).to(self._device)
-
-    def _table(self, spec: TensorSpec, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """`make` of a code table; nearly every tensor holds the same one, so that it is made once."""
-        data = bytearray(spec.nbytes)
-        self.read(spec, 0, memoryview(data))
-        key = bytes(data)
-        if key not in self._tables:
-            table = make(torch.frombuffer(data, dtype=torch.float32).to(self._device))
-            self._settle()
-            self._tables[key] = table
-        return self._tables[key]
+        return self._dense.read(buffers, stored, first, last, origin=origin)
 
     def _settle(self) -> None:
         """Waits for the accelerator: what one stream made, the lanes' other streams are about to use."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+        settle(self._device)
 
     def load_changes(self, task: Task, dtype: torch.dtype = torch.float32) -> tuple[Loaded, ...]:
         """The changes of `task` with their tensors on the device, floats as `dtype`."""
@@ -248,14 +178,3 @@ def _factors(change: Change, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
     else:
         return None
     return stacks.transpose() if change.transposed else stacks
-
-
-def host_pair(nbytes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`nbytes` bytes on the device, and their pinned twin on the host; on the CPU the same tensor twice."""
-    tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return tensor, tensor if device.type == "cpu" else torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-
-
-def view_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous uint8 tensor on the host; valid as long as the tensor lives."""
-    return memoryview((ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())).cast("B")

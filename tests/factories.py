@@ -246,8 +246,8 @@ def wanted(name: str, shape: tuple[int, ...], dtype: str = "BF16", *, r: int = 0
     """An output tensor without a place, of a plain base tensor; with `r`, one delta of that rank."""
     from distmerge.adapter.changes import LORA, Change, Region
     from distmerge.adapter.views import View
-    from distmerge.checkpoint.formats import Stored
     from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
+    from distmerge.checkpoint.packing import Stored
     from distmerge.layout import Wanted
 
     def spec(name: str, dtype: str, shape: tuple[int, ...]) -> Any:

@@ -13,7 +13,7 @@ from distmerge.adapter.load import read_view
 from distmerge.adapter.peft_adapter import Adapter
 from distmerge.adapter.tied import Tie
 from distmerge.adapter.views import View
-from distmerge.checkpoint.formats import Stored
+from distmerge.checkpoint.packing import Stored
 
 _STEP_NUMEL = 1 << 22
 

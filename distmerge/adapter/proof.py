@@ -19,8 +19,8 @@ from distmerge.adapter.load import read_view
 from distmerge.adapter.naming.names import Found, Names
 from distmerge.adapter.peft_adapter import Adapter
 from distmerge.adapter.views import View
-from distmerge.checkpoint.formats import Stored
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, TensorSpec
+from distmerge.checkpoint.packing import Stored
 from distmerge.errors import InputError, listing, printable
 from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.nf4 import FP4, NF4, codes_of

@@ -17,9 +17,9 @@ from distmerge.adapter.peft_adapter import CONFIG, Adapter
 from distmerge.adapter.proof import is_copy
 from distmerge.adapter.views import View
 from distmerge.checkpoint.base import Base
-from distmerge.checkpoint.formats import Stored
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, TensorSpec
 from distmerge.checkpoint.layers import vocab_sizes
+from distmerge.checkpoint.packing import Stored
 from distmerge.errors import InputError, listing, printable
 from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 

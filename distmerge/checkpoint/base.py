@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distmerge.checkpoint.formats import Stored, group
+from distmerge.checkpoint.formats import group
 from distmerge.checkpoint.header import TensorSpec, read_header
+from distmerge.checkpoint.packing import Stored
 from distmerge.errors import InputError, MachineError, listing, printable, shown
 from distmerge.storage.files import read_range
 from distmerge.storage.strict_json import read_object

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from distmerge.checkpoint.header import TensorSpec
+from distmerge.checkpoint.packing import FourBit, Packing, Stored
 from distmerge.errors import InputError, listing, shown
 from distmerge.storage.strict_json import parse_object
 
@@ -22,67 +22,6 @@ _STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>nf4|fp
 _COMPANION = re.compile(r".+\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)")
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MAX_STATE_NBYTES = 1 << 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """What turns a packed weight back into floats: `quant_map[code] * absmax[element // blocksize]`, then `dtype`.
-
-    `absmax` is float, shape (num_blocks,); or (in / blocksize, out), as bitsandbytes writes it after a forward
-    pass on the CPU; or uint8, to be read as `nested_quant_map[absmax] * nested_absmax[i // nested_blocksize] +
-    nested_offset`.
-    """
-
-    kind: str
-    blocksize: int
-    dtype: str
-    shape: tuple[int, ...]
-    absmax: TensorSpec
-    quant_map: TensorSpec
-    nested_absmax: TensorSpec | None
-    nested_quant_map: TensorSpec | None
-    nested_blocksize: int
-    nested_offset: float
-
-    @property
-    def num_blocks(self) -> int:
-        return -(-math.prod(self.shape) // self.blocksize)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """A tensor as the base's files hold it, with its companions; `dtype` and `shape` are those of its dense form."""
-
-    data: TensorSpec
-    packing: Packing | None
-
-    @property
-    def name(self) -> str:
-        return self.data.name
-
-    @property
-    def dtype(self) -> str:
-        return self.packing.dtype if self.packing else self.data.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.packing.shape if self.packing else self.data.shape
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes_read(self) -> int:
-        """Bytes on disk, companions included."""
-        return sum(spec.nbytes for spec in self.specs)
-
-    @property
-    def specs(self) -> tuple[TensorSpec, ...]:
-        if self.packing is None:
-            return (self.data,)
-        parts = (self.packing.absmax, self.packing.quant_map, self.packing.nested_absmax, self.packing.nested_quant_map)
-        return (self.data, *(part for part in parts if part is not None))
 
 
 def group(specs: dict[str, TensorSpec], read: Callable[[TensorSpec], bytes]) -> dict[str, Stored]:
@@ -105,9 +44,9 @@ def group(specs: dict[str, TensorSpec], read: Callable[[TensorSpec], bytes]) -> 
                 raise InputError("the quantization state has no weight", where=name)
             if weight in packings:
                 raise InputError("has two quantization states", where=weight)
-            packing, companions = _packing(weight, match["kind"], specs, _read_state(spec, read))
+            packing, companions = _packing(weight, match["kind"], spec, specs, _read_state(spec, read))
             packings[weight] = packing
-            used |= {name, *companions}
+            used |= set(companions)
     orphans = [name for name in specs if name not in used and _COMPANION.fullmatch(name)]
     if orphans:
         raise InputError(
@@ -124,7 +63,9 @@ def _read_state(spec: TensorSpec, read: Callable[[TensorSpec], bytes]) -> dict[s
     return parse_object(read(spec), spec.name)
 
 
-def _packing(weight: str, kind: str, specs: dict[str, TensorSpec], state: dict[str, Any]) -> tuple[Packing, list[str]]:
+def _packing(
+    weight: str, kind: str, spec: TensorSpec, specs: dict[str, TensorSpec], state: dict[str, Any]
+) -> tuple[FourBit, list[str]]:
     def companion(tail: str) -> TensorSpec:
         found = specs.get(f"{weight}.{tail}")
         if found is None:
@@ -146,7 +87,7 @@ def _packing(weight: str, kind: str, specs: dict[str, TensorSpec], state: dict[s
         raise InputError(f"nested_blocksize {shown(nested_blocksize)} is not a block size", where=weight)
     if type(nested_offset) not in (int, float) or not abs(nested_offset) < 1e30:
         raise InputError(f"nested_offset {shown(nested_offset)} is not a finite number", where=weight)
-    packing = Packing(
+    packing = FourBit(
         kind=kind,
         blocksize=blocksize,
         dtype=_DTYPES[state["dtype"]],
@@ -157,13 +98,13 @@ def _packing(weight: str, kind: str, specs: dict[str, TensorSpec], state: dict[s
         nested_quant_map=companion("nested_quant_map") if nested else None,
         nested_blocksize=nested_blocksize,
         nested_offset=float(nested_offset),
+        state=spec,
     )
     _check_shapes(weight, specs[weight], packing)
-    parts = (packing.absmax, packing.quant_map, packing.nested_absmax, packing.nested_quant_map)
-    return packing, [part.name for part in parts if part is not None]
+    return packing, [part.name for part in packing.companions]
 
 
-def _check_shapes(weight: str, data: TensorSpec, packing: Packing) -> None:
+def _check_shapes(weight: str, data: TensorSpec, packing: FourBit) -> None:
     num_blocks, absmax = packing.num_blocks, packing.absmax
 
     def expect(ok: bool, spec: TensorSpec, expected: str) -> None:

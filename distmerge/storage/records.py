@@ -54,7 +54,10 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
 
 
 def _union_decoder(kinds: tuple[Any, ...], *, optional: bool) -> Callable[[Any], Any]:
-    """Unions are of one type and None, or of a string and a tuple."""
+    """Unions are of one type and None, of a string and a tuple, or of records with different fields."""
+    if len(kinds) > 1 and all(is_dataclass(kind) for kind in kinds):
+        records = {frozenset(_names(kind)): _decoder(kind) for kind in kinds}
+        return lambda value: None if value is None and optional else _record_of(records, value)
     inner = _decoder(kinds[0])
     others = [_decoder(kind) for kind in kinds[1:]]
 
@@ -64,6 +67,13 @@ def _union_decoder(kinds: tuple[Any, ...], *, optional: bool) -> Callable[[Any],
         return others[0](value) if others and isinstance(value, list) else inner(value)
 
     return build
+
+
+def _record_of(records: dict[frozenset[str], Callable[[Any], Any]], value: Any) -> Any:
+    decoder = records.get(frozenset(value)) if isinstance(value, dict) else None
+    if decoder is None:
+        raise ValueError(f"not a record that is known: {str(value)[:80]}")
+    return decoder(value)
 
 
 def _expect(kind: Any, value: Any) -> Any:
