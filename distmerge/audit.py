@@ -145,6 +145,7 @@ def _config(receipt: Receipt, output: Path, base: Path, adapters: tuple[AdapterC
         device="cpu",
         memory_budget=1 << 62,
         dtype=options.dtype,
+        keep_quantized=options.keep_quantized,
         max_shard_size=options.max_shard_size,
         combine=options.combine,
         density=options.density,

@@ -52,6 +52,8 @@ class MergeConfig:
     """`auto`, `cpu`, or an accelerator type such as `cuda`."""
     dtype: str = "auto"
     """Floats of the output: `auto` keeps each tensor's own (packed ones: the recorded one)."""
+    keep_quantized: bool = False
+    """Leave packed tensors that nothing changes packed, byte for byte, instead of dequantizing all of them."""
     max_shard_size: int | None = None
     """Largest output shard in bytes; None: a plain base keeps its own shards, a packed one gets 5 GB."""
     memory_budget: int = 2 << 30
@@ -138,7 +140,7 @@ class MergeConfig:
             argv += ["--adapter", str(adapter.folder), "--weight", repr(adapter.weight)]
             argv += ["--initial-adapter", str(adapter.initial or "")] * any(a.initial for a in self.adapters)
         argv += ["--device", self.device, "--dtype", self.dtype, "--memory-budget", str(self.memory_budget)]
-        argv += ["--timeout", repr(self.timeout)]
+        argv += ["--timeout", repr(self.timeout)] + ["--keep-quantized"] * self.keep_quantized
         if self.max_shard_size is not None:
             argv += ["--max-shard-size", str(self.max_shard_size)]
         argv += ["--combine", self.combine, "--seed", str(self.seed)]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
-from distmerge.checkpoint.packing import FourBit, Stored
-from distmerge.numerics import nf4
+from distmerge.checkpoint.packing import Foreign, FourBit, Packing, Scaled, Stored
+from distmerge.numerics import nf4, scaled
 from distmerge.numerics.dtypes import torch_dtype
 from distmerge.plan import Plan
 
@@ -55,18 +55,58 @@ class Dense:
             size = ITEMSIZE[stored.data.dtype]
             self._read(stored.data, first * size, buffers.view[: (last - first) * size], origin=origin)
             return buffers.upload((last - first) * size).view(torch_dtype(stored.data.dtype))
-        return self._four_bit(buffers, stored.data, stored.packing, first, last)
+        return self._packed(buffers, stored.data, stored.packing, first, last)
 
-    def _four_bit(self, buffers: Buffers, data: TensorSpec, packing: FourBit, first: int, last: int) -> Tensor:
+    def _packed(self, buffers: Buffers, data: TensorSpec, packing: Packing, first: int, last: int) -> Tensor:
+        if isinstance(packing, Foreign) or first % packing.block_numel or last % packing.block_numel:
+            raise ValueError(f"{data.name} is not read in elements [{first}, {last})")
+        values = self._codes(buffers, data, packing, first, last)
+        if isinstance(packing, FourBit):
+            nf4.scale(values, self._absmax(packing, first, last), first=first, blocksize=packing.blocksize)
+        else:
+            self._scale(values, packing, first, last)
+        dense = buffers.dense.view(torch_dtype(packing.dtype))[: last - first]
+        if not packing.transposed:
+            return dense.copy_(values)
+        rows, cols = packing.shape[-2:]
+        dense.view(-1, rows, cols).copy_(values.view(-1, cols, rows).mT)
+        return dense
+
+    def _codes(self, buffers: Buffers, data: TensorSpec, packing: FourBit | Scaled, first: int, last: int) -> Tensor:
+        """Elements [first, last) as they are stored, in float32, without their scales."""
+        if isinstance(packing, Scaled) and not packing.halves:
+            self._read(data, first, buffers.view[: last - first])
+            stored = buffers.upload(last - first).view(torch_dtype(data.dtype))
+            return buffers.work[: last - first].copy_(stored)
         odd, nbytes = first % 2, -(-last // 2) - first // 2
         self._read(data, first // 2, buffers.view[:nbytes])
-        table = self._table(packing.quant_map, nf4.pair_table)
+        table = self._e2m1() if isinstance(packing, Scaled) else self._table(packing.quant_map, nf4.pair_table)
         nf4.unpack(buffers.upload(nbytes), table, buffers.index[:nbytes], buffers.work[: 2 * nbytes])
-        values = buffers.work[odd : odd + last - first]
-        absmax = self._absmax(packing, first, last)
-        nf4.scale(values, absmax, first=first, blocksize=packing.blocksize)
-        dense = buffers.dense.view(torch_dtype(packing.dtype))[: last - first]
-        return dense.copy_(values)
+        return buffers.work[odd : odd + last - first]
+
+    def _scale(self, values: Tensor, packing: Scaled, first: int, last: int) -> None:
+        """Multiplies `values`, elements [first, last) in the order of the file, by the scales of their blocks."""
+        height, cols = packing.matrix
+        begin = 0
+        for span in scaled.spans(first, last, cols):
+            part = values[begin : begin + span.numel].view(span.bottom - span.top, -1)
+            begin += span.numel
+            if packing.zero is not None:
+                zeros = self._grid(packing.zero, packing, span).float()
+                for piece, zero in scaled.blocks(part, zeros, span, height=height, block=packing.block):
+                    piece.sub_(zero)
+            scales = scaled.as_scales(self._grid(packing.scale, packing, span))
+            for piece, scale in scaled.blocks(part, scales, span, height=height, block=packing.block):
+                piece.mul_(scale)
+        if packing.factor != 1:
+            values.mul_(packing.factor)
+
+    def _grid(self, spec: TensorSpec, packing: Scaled, span: scaled.Span) -> Tensor:
+        """The rows of a grid of scales that belong to `span`, as stored."""
+        height, cols = packing.matrix[0], packing.grid[1]
+        begin = scaled.grid_row(span.top, height, packing.block[0])
+        end = scaled.grid_row(span.bottom - 1, height, packing.block[0]) + 1
+        return self._items(spec, begin * cols, end * cols).view(end - begin, cols)
 
     def _absmax(self, packing: FourBit, first: int, last: int) -> Tensor:
         """The float32 scales of the blocks that hold elements [first, last), from the file."""
@@ -92,13 +132,18 @@ class Dense:
         self._read(spec, begin * size, memoryview(data))
         return torch.frombuffer(data, dtype=torch_dtype(spec.dtype)).to(self._device)
 
+    def _e2m1(self) -> Tensor:
+        return self._made(b"e2m1", lambda: scaled.low_first(scaled.E2M1.to(self._device)))
+
     def _table(self, spec: TensorSpec, make: Callable[[Tensor], Tensor]) -> Tensor:
         """`make` of a code table; nearly every tensor holds the same one, so that it is made once."""
         data = bytearray(spec.nbytes)
         self._read(spec, 0, memoryview(data))
-        key = bytes(data)
+        return self._made(bytes(data), lambda: make(torch.frombuffer(data, dtype=torch.float32).to(self._device)))
+
+    def _made(self, key: bytes, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._tables:
-            table = make(torch.frombuffer(data, dtype=torch.float32).to(self._device))
+            table = make()
             settle(self._device)
             self._tables[key] = table
         return self._tables[key]

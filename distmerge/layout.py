@@ -67,7 +67,12 @@ class Task(Wanted):
     @property
     def largest_block_numel(self) -> int:
         """Elements that a block holds at most."""
-        return max(BLOCK_NUMEL, self.source.numel) if self._whole else BLOCK_NUMEL
+        return max(BLOCK_NUMEL, self.source.numel if self._whole else self._matrix_numel)
+
+    @property
+    def _matrix_numel(self) -> int:
+        """Elements that the source can only be read by: a whole matrix where it is packed transposed."""
+        return self.source.packing.block_numel if self.source.packing else 1
 
     @property
     def _whole(self) -> bool:
@@ -86,6 +91,8 @@ class Task(Wanted):
             return 0
         if self._whole:
             return 1
+        if self._matrix_numel > 1:
+            return self.source.numel // self._matrix_numel
         rows = self.source.numel // self.row_numel
         if self.row_numel > BLOCK_NUMEL:
             return rows * math.ceil(self.row_numel / BLOCK_NUMEL)
@@ -95,6 +102,8 @@ class Task(Wanted):
         """The flat elements [first, last) of block `number`: whole rows, or a part of one row that is too long."""
         if self._whole:
             return 0, self.source.numel
+        if (matrix := self._matrix_numel) > 1:
+            return number * matrix, (number + 1) * matrix
         if self.row_numel > BLOCK_NUMEL:
             row, part = divmod(number, math.ceil(self.row_numel / BLOCK_NUMEL))
             first = row * self.row_numel + part * BLOCK_NUMEL

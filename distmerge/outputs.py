@@ -21,7 +21,8 @@ from distmerge.errors import InputError, listing, printable
 class Output:
     """An output tensor: its source in the base (origin 0) or an adapter (its number, from 1), and what changes it.
     `also` names tensors of that adapter that are the source once more, for a parameter that is tied to this one;
-    `twin` the tensor that this one is tied and equal to, if the output holds both."""
+    `twin` the tensor that this one is tied and equal to, if the output holds both. `as_is` says that it is a part of a
+    packed tensor, which --dtype leaves alone."""
 
     name: str
     source: Stored
@@ -29,6 +30,7 @@ class Output:
     changes: tuple[Change, ...]
     also: tuple[str, ...] = ()
     twin: str = ""
+    as_is: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

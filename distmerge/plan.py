@@ -20,9 +20,11 @@ from distmerge.adapter.resolve import untouched_targets
 from distmerge.adapter.screen import Screened, screen
 from distmerge.checkpoint.base import INDEX, RECEIPT, Base, FileMark, folder_name, read_base
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, build_header
+from distmerge.checkpoint.quantization import FILES
 from distmerge.checkpoint.sidefiles import NewHead, SideFile, find_side_files, output_config
 from distmerge.config import DEFAULT_SHARD_NBYTES, DTYPES, AdapterChoice, MergeConfig
 from distmerge.errors import InputError, listing, printable
+from distmerge.keeping import keep_packed, refuse_foreign
 from distmerge.layout import (
     KEPT_STACKS,
     OutputFile,
@@ -146,7 +148,11 @@ class Plan:
         stored = max(task.stored_block_nbytes for task in self.tasks)
         packed = max((task.largest_block_numel for task in self.tasks if task.source.packing), default=0)
         operators = max((change.scratch_nbytes for task in self.tasks for change in task.changes), default=0)
-        return stored + self.block_nbytes + 4 * self.block_numel + 6 * packed + operators + self._combine_nbytes
+        scales = max(
+            (t.source.packing.scratch_nbytes(t.largest_block_numel) for t in self.tasks if t.source.packing), default=0
+        )
+        blocks = stored + self.block_nbytes + 4 * self.block_numel + 6 * packed
+        return blocks + scales + operators + self._combine_nbytes
 
     @property
     def _combine_nbytes(self) -> int:
@@ -163,11 +169,16 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
     as long as the process. Raises InputError for everything that cannot be merged; writes nothing else."""
     with lookup_errors(config.base):
         base = read_base(config.base)
+        if not config.keep_quantized:
+            refuse_foreign(base.tensors.items())
         adapters = [(_read(choice, config, base, scratch), choice.weight) for choice in config.all_adapters]
     for number, initial in enumerate(config.initials):
         if initial:
             check_initial(adapters[number - 1][0], adapters[number][0])
     outputs = collect(base, adapters)
+    if config.keep_quantized:
+        outputs = keep_packed(outputs)
+    refuse_foreign((name, output.source) for name, output in outputs.tensors.items())
     warnings = [*base.warnings, *outputs.warnings]
     files, tasks = place(_shards(base, outputs, config))
     planned, notes = [], []
@@ -187,6 +198,8 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
     made = {"README.md", RECEIPT, INDEX, *(file.name for file in files)}
     if config_json is not None:
         made.add("config.json")
+    if outputs.edits.skipped is None:
+        made.update(FILES)
     plan = Plan(
         fingerprint=_fingerprint(config, base, planned, device),
         base_files=base.files,
@@ -272,7 +285,7 @@ def _output_config(base: Base, outputs: Outputs, tasks: tuple[Task, ...], config
         return None
     dtypes: Counter[str] = Counter()
     for task in tasks:
-        dtypes[task.dtype] += task.source.numel
+        dtypes[task.dtype] += task.source.numel * (not outputs.tensors[task.name].as_is)
     made = output_config(base, dict(dtypes), outputs.edits, recast=config.dtype != "auto")
     return made.decode() if made is not None else None
 
@@ -320,7 +333,7 @@ def _common_dtype(base: Base) -> str:
 def _want(output: Output, own: str, dtype: str | None) -> Wanted:
     """The output tensor; `own` is the dtype that it has without --dtype."""
     # F64 stays: torch rounds it to 16 bits by way of float32, that is twice.
-    out = dtype if dtype is not None and own in FLOATS else own
+    out = dtype if dtype is not None and own in FLOATS and not output.as_is else own
     same = out == output.source.dtype and output.source.packing is None
     return Wanted(
         kind="merge" if output.changes else "copy" if same else "convert",
@@ -357,6 +370,7 @@ def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter]
     marks: dict[str, Any] = {"distmerge": __version__, "torch": torch.__version__, "device": device}
     marks |= {"--dtype": config.dtype, "--max-shard-size": config.max_shard_size, "--lora-alpha": config.lora_alpha}
     marks |= {"--use-rslora": config.use_rslora, "--map": list(config.map), "--expert-b-order": config.expert_b_order}
+    marks |= {"--keep-quantized": config.keep_quantized}
     marks |= {"--combine": config.combine, "--density": config.density, "--seed": config.seed}
     for file in base.files:
         marks[f"base {file.name}"] = f"{file.nbytes} bytes, mtime {file.mtime_ns}, header {file.header_sha256}"

@@ -54,6 +54,7 @@ class Options:
     """The options that decide bytes of the output."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    keep_quantized: bool
     max_shard_size: int | None
     combine: Literal["sum", "ties", "dare_ties", "dare_linear", "magnitude_prune"]
     density: float | None
@@ -174,6 +175,7 @@ def build_receipt(
             Options,
             {
                 "dtype": config.dtype,
+                "keep_quantized": config.keep_quantized,
                 "max_shard_size": config.max_shard_size,
                 "combine": config.combine,
                 "density": config.density,

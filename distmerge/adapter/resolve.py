@@ -19,7 +19,7 @@ from distmerge.adapter.views import View
 from distmerge.checkpoint.base import Base
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, TensorSpec
 from distmerge.checkpoint.layers import vocab_sizes
-from distmerge.checkpoint.packing import Stored
+from distmerge.checkpoint.packing import Foreign, Stored
 from distmerge.errors import InputError, listing, printable
 from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 
@@ -192,11 +192,17 @@ def _needs_whole(change: Change) -> bool:
 
 
 def _check_target(effect: Effect, stored: Stored, name: str, adapter: Adapter) -> None:
+    if isinstance(stored.packing, Foreign):
+        raise InputError(
+            f"{name!r} is packed by {stored.packing.kind}, which cannot be merged into",
+            where=adapter.where,
+            hint="merge into the 16-bit base instead",
+        )
     if stored.dtype not in FLOATS:
         raise InputError(
-            f"{name!r} is stored as {stored.dtype}, which cannot be merged into",
+            f"{name!r} is stored as {stored.dtype} without scales, which cannot be merged into",
             where=adapter.where,
-            hint="supported are BF16, F16, F32 and bitsandbytes NF4 and FP4",
+            hint="supported are BF16, F16, F32 and the packed formats of docs/formats.md; merge into the 16-bit base",
         )
     if effect.operator in ("kasa", "pissa", "olora") and stored.packing:
         raise InputError(

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, replace
 
 from distmerge.adapter.naming.conversion import ModelNames, read_names
-from distmerge.checkpoint.base import Base, nested_configs
+from distmerge.checkpoint.base import Base
+from distmerge.checkpoint.quantization import nested_configs
 from distmerge.errors import InputError, listing
 
 # Names of input embeddings and of the head that a checkpoint leaves out when it is tied to them.

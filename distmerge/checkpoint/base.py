@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,14 @@ from typing import Any
 from distmerge.checkpoint.formats import group
 from distmerge.checkpoint.header import TensorSpec, read_header
 from distmerge.checkpoint.packing import Stored
-from distmerge.errors import InputError, MachineError, listing, printable, shown
+from distmerge.checkpoint.quantization import Quantization, read_quantization
+from distmerge.errors import InputError, MachineError, listing, printable
 from distmerge.storage.files import read_range
 from distmerge.storage.strict_json import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECEIPT = "merge_receipt.json"  # of an output of distmerge
-
-# Architectures whose linear layers are transformers' Conv1D: stored (in, out), packed transposed.
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +39,7 @@ class Base:
     files: tuple[FileMark, ...]
     tensors: dict[str, Stored]
     config: dict[str, Any]
+    quantization: Quantization | None
     warnings: tuple[str, ...]
 
     @property
@@ -72,22 +70,16 @@ def read_base(folder: Path) -> Base:
     if not specs:
         raise InputError("holds no tensors", where=str(folder))
     config = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
-    _check_quantization(folder, config)
-    tensors = group(specs, lambda spec: read_range(folder / spec.file, spec.begin, spec.nbytes))
-    base = Base(folder=folder, files=tuple(marks), tensors=tensors, config=config, warnings=tuple(warnings))
-    if base.packed and config.get("model_type") in CONV1D_MODELS:
-        raise InputError(
-            f"packed Conv1D weights of {config['model_type']!r} are not supported",
-            where=str(folder),
-            hint="merge into the 16-bit base instead",
-        )
-    return base
-
-
-def nested_configs(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """`config` and every configuration inside it (`text_config` and the like), outermost first."""
-    inner = [value for value in config.values() if isinstance(value, dict)]
-    return [config, *(found for value in inner for found in nested_configs(value))]
+    quantization = read_quantization(folder, config)
+    tensors = group(specs, lambda spec: read_range(folder / spec.file, spec.begin, spec.nbytes), quantization, config)
+    return Base(
+        folder=folder,
+        files=tuple(marks),
+        tensors=tensors,
+        config=config,
+        quantization=quantization,
+        warnings=tuple(warnings),
+    )
 
 
 def check_mark(path: Path, mark: FileMark) -> None:
@@ -186,18 +178,3 @@ def _check_index(folder: Path, weight_map: dict[str, str], specs: dict[str, Tens
     return [f"{len(orphans)} tensors are in the shards but not in the index, and are kept: {listing(orphans)}"] * bool(
         orphans
     )
-
-
-def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
-    for part in nested_configs(config):
-        quantization = part.get("quantization_config")
-        if not isinstance(quantization, dict):
-            continue
-        method = quantization.get("quant_method", "bitsandbytes" if "load_in_4bit" in quantization else None)
-        if method != "bitsandbytes" or quantization.get("load_in_8bit"):
-            name = "bitsandbytes int8" if method == "bitsandbytes" else shown(method)
-            raise InputError(
-                f"quantization {name} is not supported; supported are plain floats and bitsandbytes NF4 and FP4",
-                where=os.fspath(folder / "config.json"),
-                hint="merge into the 16-bit base instead",
-            )

@@ -1,127 +1,96 @@
-"""Stored formats: which tensors of a checkpoint are plain and which are packed by bitsandbytes in 4 bits.
+"""Stored formats: which tensors of a checkpoint are plain, and which are packed and with what beside them.
 
-A packed linear `P` of shape (out, in) is stored as `P.weight` (two codes a byte, high nibble first, over the
-flattened rows), `P.weight.absmax`, `P.weight.quant_map`, with double quantization `P.weight.nested_absmax` and
-`P.weight.nested_quant_map`, and `P.weight.quant_state.bitsandbytes__nf4` or `__fp4`, JSON as bytes
-(bitsandbytes, functional.QuantState.as_dict). The companions may lie in other files than the weight.
+What a tensor is, its companions tell; the configuration must not say otherwise. Companions may lie in other files than
+their weight.
 """
 
 from __future__ import annotations
 
-import math
-import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from distmerge.checkpoint.header import TensorSpec
-from distmerge.checkpoint.packing import FourBit, Packing, Stored
-from distmerge.errors import InputError, listing, shown
-from distmerge.storage.strict_json import parse_object
+from distmerge.checkpoint.foreign import find_foreign
+from distmerge.checkpoint.four_bit import find_four_bit
+from distmerge.checkpoint.header import FLOATS, TensorSpec
+from distmerge.checkpoint.packing import Foreign, Packing, Stored
+from distmerge.checkpoint.quantization import Quantization, told_dtype
+from distmerge.checkpoint.scaled import Finder
+from distmerge.errors import InputError
 
-_STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>nf4|fp4)")
-_COMPANION = re.compile(r".+\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)")
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_MAX_STATE_NBYTES = 1 << 16
+# Architectures whose linear layers are transformers' Conv1D: stored (in, out), packed transposed.
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+CONV1D_MODULES = ("c_attn", "c_fc", "c_proj", "q_attn")
 
 
-def group(specs: dict[str, TensorSpec], read: Callable[[TensorSpec], bytes]) -> dict[str, Stored]:
-    """The stored tensors among `specs`, in their order; `read` gives the bytes of a (small) quantization state.
+def group(
+    specs: dict[str, TensorSpec],
+    read: Callable[[TensorSpec], bytes],
+    quantization: Quantization | None,
+    config: dict[str, Any],
+) -> dict[str, Stored]:
+    """The stored tensors among `specs` by the names of their dense forms, in their order; `read` gives the bytes of a
+    (small) companion.
 
-    Raises InputError for a quantization state that is incomplete or contradicts the shapes, and for int8 weights.
+    Raises InputError, naming tensors, for companions that are missing or contradict their weight or the configuration.
     """
-    if scales := [name for name in specs if name.endswith(".SCB")]:
-        raise InputError(
-            f"bitsandbytes int8 weights are not supported ({listing(scales)})",
-            where=scales[0],
-            hint="merge into the 16-bit base instead",
+
+    def is_transposed(weight: str) -> bool:
+        return config.get("model_type") in CONV1D_MODELS and weight.split(".")[-2:-1] in [[m] for m in CONV1D_MODULES]
+
+    foreign, data = find_foreign(specs, quantization)
+    others = {part.name for packing in foreign.values() for part in packing.parts} | set(data.values())
+    specs_left = {name: spec for name, spec in specs.items() if name not in others}
+    packings: dict[str, Packing] = {**foreign}
+    if quantization is None or quantization.is_known:
+        packings |= find_four_bit(specs_left, read, is_transposed)
+        finder = Finder(
+            specs={n: s for n, s in specs_left.items() if n not in packings},
+            quantization=quantization,
+            dtype=_dense_dtype(specs_left, quantization, config),
+            read=read,
+            is_transposed=is_transposed,
         )
-    packings: dict[str, Packing] = {}
-    used: set[str] = set()
+        found = finder.find()
+        packings |= found.packings
+        data |= found.data
+    _check_agree(packings, quantization)
+    firsts = {data.get(name, name): name for name in packings}
+    used = {part.name for packing in packings.values() for part in packing.companions}
+    return {
+        firsts.get(name, name): Stored(data=spec, packing=packings.get(firsts.get(name, name)))
+        for name, spec in specs.items()
+        if name not in used
+    }
+
+
+def _check_agree(packings: dict[str, Packing], quantization: Quantization | None) -> None:
+    """Raises InputError where configuration and tensors are of different methods."""
+    if quantization is None:
+        return
+    for name, packing in packings.items():
+        if quantization.is_known and not isinstance(packing, Foreign) and packing.kind not in quantization.kinds:
+            raise InputError(
+                f"is packed as {packing.kind}, but the configuration says {quantization.method}",
+                where=name,
+                hint=f"are {quantization.where} and the weights of the same checkpoint?",
+            )
+    # A section of 4 bits may stand beside weights that were dequantized since.
+    if not packings and quantization.kinds != ("nf4", "fp4"):
+        raise InputError(
+            f"says that the weights are packed by {quantization.method}, but none of them is",
+            where=quantization.where,
+            hint="download the checkpoint again, or merge into the 16-bit base instead",
+        )
+
+
+def _dense_dtype(specs: dict[str, TensorSpec], quantization: Quantization | None, config: dict[str, Any]) -> str:
+    """The dtype that loaders give to dense weights where the packed ones do not record it: the configuration's, or that
+    of most other floats."""
+    if quantization is not None and quantization.method == "'fbgemm_fp8'":
+        return "BF16"  # transformers overrides any other
+    counts: Counter[str] = Counter()
     for name, spec in specs.items():
-        if match := _STATE.fullmatch(name):
-            weight = match["weight"]
-            if weight not in specs:
-                raise InputError("the quantization state has no weight", where=name)
-            if weight in packings:
-                raise InputError("has two quantization states", where=weight)
-            packing, companions = _packing(weight, match["kind"], spec, specs, _read_state(spec, read))
-            packings[weight] = packing
-            used |= set(companions)
-    orphans = [name for name in specs if name not in used and _COMPANION.fullmatch(name)]
-    if orphans:
-        raise InputError(
-            f"quantization companions without a quantization state: {listing(orphans)}",
-            where=orphans[0],
-            hint="the checkpoint is incomplete; save or download it again",
-        )
-    return {name: Stored(data=spec, packing=packings.get(name)) for name, spec in specs.items() if name not in used}
-
-
-def _read_state(spec: TensorSpec, read: Callable[[TensorSpec], bytes]) -> dict[str, Any]:
-    if spec.nbytes > _MAX_STATE_NBYTES:
-        raise InputError(f"the quantization state has {spec.nbytes} bytes", where=spec.name)
-    return parse_object(read(spec), spec.name)
-
-
-def _packing(
-    weight: str, kind: str, spec: TensorSpec, specs: dict[str, TensorSpec], state: dict[str, Any]
-) -> tuple[FourBit, list[str]]:
-    def companion(tail: str) -> TensorSpec:
-        found = specs.get(f"{weight}.{tail}")
-        if found is None:
-            raise InputError(f"the quantization state is incomplete: {weight}.{tail} is missing", where=weight)
-        return found
-
-    nested = "nested_blocksize" in state or f"{weight}.nested_absmax" in specs
-    blocksize, shape = state.get("blocksize"), state.get("shape")
-    if type(blocksize) is not int or not 1 <= blocksize <= 1 << 20:
-        raise InputError(f"blocksize {shown(blocksize)} is not a block size", where=weight)
-    if not isinstance(shape, list) or not shape or not all(type(dim) is int and 0 < dim < 1 << 40 for dim in shape):
-        raise InputError(f"shape {str(shape)[:80]} in the quantization state is not a shape", where=weight)
-    if not isinstance(state.get("dtype"), str) or state["dtype"] not in _DTYPES:
-        raise InputError(f"dtype {shown(state.get('dtype'))} in the quantization state is not supported", where=weight)
-    if state.get("quant_type") != kind:
-        raise InputError(f"quant_type {shown(state.get('quant_type'))} contradicts the key's {kind!r}", where=weight)
-    nested_blocksize, nested_offset = state.get("nested_blocksize", 0), state.get("nested_offset", 0.0)
-    if nested and (type(nested_blocksize) is not int or not 1 <= nested_blocksize <= 1 << 20):
-        raise InputError(f"nested_blocksize {shown(nested_blocksize)} is not a block size", where=weight)
-    if type(nested_offset) not in (int, float) or not abs(nested_offset) < 1e30:
-        raise InputError(f"nested_offset {shown(nested_offset)} is not a finite number", where=weight)
-    packing = FourBit(
-        kind=kind,
-        blocksize=blocksize,
-        dtype=_DTYPES[state["dtype"]],
-        shape=tuple(shape),
-        absmax=companion("absmax"),
-        quant_map=companion("quant_map"),
-        nested_absmax=companion("nested_absmax") if nested else None,
-        nested_quant_map=companion("nested_quant_map") if nested else None,
-        nested_blocksize=nested_blocksize,
-        nested_offset=float(nested_offset),
-        state=spec,
-    )
-    _check_shapes(weight, specs[weight], packing)
-    return packing, [part.name for part in packing.companions]
-
-
-def _check_shapes(weight: str, data: TensorSpec, packing: FourBit) -> None:
-    num_blocks, absmax = packing.num_blocks, packing.absmax
-
-    def expect(ok: bool, spec: TensorSpec, expected: str) -> None:
-        if not ok:
-            raise InputError(f"expected {expected}, got {spec.dtype} {spec.shape}", where=spec.name)
-
-    nbytes = -(-math.prod(packing.shape) // 2)
-    expect(nbytes <= data.nbytes < nbytes + 8, data, f"{nbytes} bytes for {packing.shape} in 4 bits")
-    expect(packing.quant_map.shape == (16,) and packing.quant_map.dtype == "F32", packing.quant_map, "F32 (16,)")
-    if packing.nested_absmax is not None and packing.nested_quant_map is not None:
-        expect(absmax.dtype == "U8" and absmax.shape == (num_blocks,), absmax, f"U8 ({num_blocks},)")
-        nested, table = packing.nested_absmax, packing.nested_quant_map
-        count = -(-num_blocks // packing.nested_blocksize)
-        expect(nested.dtype == "F32" and nested.shape == (count,), nested, f"F32 ({count},)")
-        expect(table.dtype == "F32" and table.shape == (256,), table, "F32 (256,)")
-    else:
-        transposed = (packing.shape[-1] // packing.blocksize, packing.shape[0])
-        whole = len(packing.shape) == 2 and packing.shape[1] % packing.blocksize == 0
-        ok = absmax.shape == (num_blocks,) or (whole and absmax.shape == transposed)
-        expect(ok and absmax.dtype in ("F32", "F16", "BF16"), absmax, f"floats ({num_blocks},)")
+        counts[spec.dtype] += spec.numel * (spec.dtype in FLOATS and "scale" not in name.rpartition(".")[2])
+    most = counts.most_common(1)[0] if counts else ("BF16", 0)
+    return told_dtype(config) or (most[0] if most[1] else "BF16")

@@ -6,7 +6,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from distmerge.checkpoint.base import Base, nested_configs
+from distmerge.checkpoint.base import Base
+from distmerge.checkpoint.quantization import nested_configs
 from distmerge.errors import InputError
 
 _LAYER = re.compile(r"(?P<stack>(?:.*\.)?(?:layers|layer|h|blocks))\.(?P<number>\d+)\.(?P<rest>.+)")

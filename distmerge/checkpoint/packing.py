@@ -15,13 +15,14 @@ class FourBit:
 
     `absmax` is float, shape (num_blocks,); or (in / blocksize, out), as bitsandbytes writes it after a forward
     pass on the CPU; or uint8, to be read as `nested_quant_map[absmax] * nested_absmax[i // nested_blocksize] +
-    nested_offset`. `state` holds what is not a tensor, as JSON.
+    nested_offset`. `state` holds what is not a tensor, as JSON. `transposed` says that what is packed is the transpose.
     """
 
     kind: str
     blocksize: int
     dtype: str
     shape: tuple[int, ...]
+    transposed: bool
     absmax: TensorSpec
     quant_map: TensorSpec
     nested_absmax: TensorSpec | None
@@ -40,12 +41,100 @@ class FourBit:
         nested = [part for part in (self.nested_absmax, self.nested_quant_map) if part is not None]
         return (self.absmax, self.quant_map, *nested, self.state)
 
+    @property
+    def block_numel(self) -> int:
+        """Elements that have to be read at once: a whole matrix where it is stored transposed."""
+        return math.prod(self.shape[-2:]) if self.transposed else 1
+
     def data_nbytes(self, numel: int) -> int:
         """Bytes that `numel` elements in a row take of the weight's data, at most."""
         return numel // 2 + 1
 
+    def scratch_nbytes(self, numel: int) -> int:
+        """Bytes that dequantizing `numel` elements takes beside the lane's buffers: none to speak of."""
+        return 0
 
-Packing = FourBit
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """Numbers of one byte, or 4-bit floats two a byte (low nibble first), times the scale of their block: `(q - zero) *
+    scale`, then `factor` (1 but for bitsandbytes), in float32, then `dtype`.
+
+    Matrices of (rows, cols), the last two dimensions as stored, are cut into blocks of `block`; the last ones need not
+    be full. `scale` holds one number for each block, row by row and matrix by matrix; uint8 is the exponent of a power
+    of two, less 127. `others` are tensors that have a meaning only beside the packed weight (scales of activations).
+    `transposed` says that `shape` has the last two dimensions the other way round than the file.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool
+    block: tuple[int, int]
+    halves: bool
+    factor: float
+    scale: TensorSpec
+    zero: TensorSpec | None
+    others: tuple[TensorSpec, ...]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of one matrix as stored."""
+        rows, cols = self.shape[-2:]
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many blocks a matrix has below and beside one another."""
+        return -(-self.matrix[0] // self.block[0]), -(-self.matrix[1] // self.block[1])
+
+    @property
+    def companions(self) -> tuple[TensorSpec, ...]:
+        """The tensors of the checkpoint that lie beside the weight."""
+        return (self.scale, *((self.zero,) if self.zero else ()), *self.others)
+
+    @property
+    def block_numel(self) -> int:
+        """Elements that have to be read at once: a whole matrix where it is stored transposed."""
+        return math.prod(self.matrix) if self.transposed else 1
+
+    def data_nbytes(self, numel: int) -> int:
+        """Bytes that `numel` elements in a row take of the weight's data, at most."""
+        return numel // 2 + 1 if self.halves else numel
+
+    def scratch_nbytes(self, numel: int) -> int:
+        """Bytes of the scales, and zeros, of `numel` elements in a row, as stored and in float32, at most."""
+        rows = (numel // max(self.matrix[1], 1) + 2) // self.block[0] + 2
+        return 13 * rows * self.grid[1] * (1 if self.zero is None else 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign:
+    """What another method packed, which is known by its names and cannot be dequantized: only kept as it is. `dtype`
+    and `shape` are those of its first tensor, not of the weight."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[TensorSpec, ...]
+
+    @property
+    def companions(self) -> tuple[TensorSpec, ...]:
+        """The other tensors of the checkpoint that it is made of."""
+        return self.parts
+
+    @property
+    def block_numel(self) -> int:
+        return 1
+
+    def data_nbytes(self, numel: int) -> int:
+        raise ValueError(f"{self.kind} is not read")
+
+    def scratch_nbytes(self, numel: int) -> int:
+        raise ValueError(f"{self.kind} is not read")
+
+
+Packing = FourBit | Scaled | Foreign
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

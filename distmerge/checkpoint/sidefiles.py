@@ -11,7 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from distmerge.checkpoint.base import Base, nested_configs
+from distmerge.checkpoint.base import Base
+from distmerge.checkpoint.quantization import add_skipped, drop_sections, nested_configs
 from distmerge.errors import InputError, MachineError, printable
 from distmerge.storage.files import copy_file, io_errors, sha256_of
 from distmerge.storage.strict_json import read_object
@@ -51,12 +52,16 @@ class NewHead:
 @dataclass(frozen=True, kw_only=True)
 class ConfigEdits:
     """What the merge changes in the configuration, which begins as `config`: embeddings no longer tied, a vocabulary of
-    another size (old and new), a new head."""
+    another size (old and new), a new head. `skipped` are the modules that are no longer packed while others are; None
+    where nothing is. `skipped_by_default` are those that loaders skip if no list tells them.
+    """
 
     config: dict[str, Any]
     untie: bool = False
     vocab: tuple[int, int] | None = None
     head: NewHead | None = None
+    skipped: tuple[str, ...] | None = None
+    skipped_by_default: tuple[str, ...] = ()
 
 
 def find_side_files(
@@ -103,11 +108,14 @@ def output_config(base: Base, dtypes: dict[str, int], edits: ConfigEdits, *, rec
     """config.json of the output, or None when the base's own bytes stay true.
 
     `dtypes` counts the output's elements by dtype; `recast` says that `--dtype` was given. Quantization sections go,
-    at every level, since nothing in the output is packed; `dtype` becomes that of most floats when it changed.
+    at every level, if nothing in the output is packed, else their skip lists grow; `dtype` becomes that of most floats
+    when it changed.
     """
     config = deepcopy(edits.config)
-    stale = [part for part in nested_configs(config) if part.pop("quantization_config", None) is not None]
-    if recast or base.packed:
+    stale = edits.skipped is None and drop_sections(config)
+    if edits.skipped is not None:
+        add_skipped(config, edits.skipped, edits.skipped_by_default)
+    if recast or (base.packed and edits.skipped is None):
         floats = {dtype: count for dtype, count in dtypes.items() if dtype in _DTYPE_NAMES}
         _set_dtype(config, _DTYPE_NAMES[max(floats, key=lambda dtype: floats[dtype])])
     if edits.untie:

@@ -141,6 +141,11 @@ def _run_options() -> list[Callable[[Any], Any]]:
             help="Floats of the output; auto keeps each tensor's own.",
         ),
         _option(
+            "--keep-quantized",
+            is_flag=True,
+            help="Leave packed tensors that nothing changes packed; default is to dequantize all of them.",
+        ),
+        _option(
             "--max-shard-size",
             type=_NBytes(),
             help="Largest output file, such as 5GB.  [default: the base's own files; 5GB for a packed base]",

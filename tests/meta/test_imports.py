@@ -24,7 +24,7 @@ LAYERS = [
     ["storage", "config", "progress", "parent"],
     ["numerics", "checkpoint", "world"],
     ["adapter"],
-    ["layout", "outputs", "plan", "dense", "reader", "lanes", "stream"],
+    ["layout", "outputs", "keeping", "plan", "dense", "reader", "lanes", "stream"],
     ["claim", "work", "verify", "receipt", "report", "publish", "share"],
     ["merge", "audit", "inspection", "demo"],
     ["run"],

@@ -14,7 +14,7 @@ from typing import Any
 
 from distmerge.adapter.naming.boxes import box_of, is_partition
 from distmerge.adapter.naming.slots import Slot
-from distmerge.checkpoint.base import nested_configs
+from distmerge.checkpoint.quantization import nested_configs
 from distmerge.errors import InputError, printable
 from distmerge.storage.strict_json import read_object
 

@@ -10,10 +10,10 @@ from functools import cached_property
 from distmerge.adapter.naming.conversion import ModelNames, read_names
 from distmerge.adapter.naming.slots import Slot
 from distmerge.adapter.naming.tables import Renaming, Rule, apply_rules, rename
-from distmerge.checkpoint.base import CONV1D_MODELS, Base
+from distmerge.checkpoint.base import Base
+from distmerge.checkpoint.formats import CONV1D_MODELS, CONV1D_MODULES
 from distmerge.errors import InputError, listing, printable
 
-_CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")
 _IN_PROJ = "in_proj_weight"
 
 
@@ -64,7 +64,7 @@ class Names:
     def holds_transposed(self, path: str) -> bool:
         """True for the weights of transformers' Conv1D layers."""
         module = path.removesuffix(".weight").rsplit(".", 1)[-1]
-        return self.base.config.get("model_type") in CONV1D_MODELS and module in _CONV1D
+        return self.base.config.get("model_type") in CONV1D_MODELS and module in CONV1D_MODULES
 
     def marks_transposed(self, module: str) -> bool | None:
         """What the class of the experts `module` says of their layout; None where no class tells."""
