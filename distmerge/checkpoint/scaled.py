@@ -70,7 +70,7 @@ class Finder:
             if found is not None:
                 packings[weight] = found
                 data[weight] = f"{weight}_blocks" if f"{weight}_blocks" in self else weight
-        self._check_rest(packings)
+        self._check_rest(packings, set(data.values()))
         return Found(packings=packings, data=data)
 
     def __contains__(self, name: str) -> bool:
@@ -206,12 +206,12 @@ class Finder:
             raise _unlike(scale, f"{found.grid} scales for {shape}")
         return found
 
-    def _check_rest(self, packings: dict[str, Packing]) -> None:
+    def _check_rest(self, packings: dict[str, Packing], data: set[str]) -> None:
         """What is left over and cannot be plain. Raises InputError."""
-        used = {part.name for packing in packings.values() for part in packing.companions}
+        used = data | {part.name for packing in packings.values() for part in packing.companions}
         kinds = self.quantization.kinds if self.quantization else ()
         for name, spec in self.specs.items():
-            if name in used or name in packings:
+            if name in used:
                 continue
             if name.endswith((".weight_scale_inv", "_scale_inv", ".weight_format")):
                 raise InputError(
