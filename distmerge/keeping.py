@@ -71,8 +71,9 @@ def _fused(name: str) -> str:
 
 def _parts(output: Output) -> list[Output]:
     """The tensors that a packed one is made of, under names that fit its own: layers may have been repeated."""
-    module, stored = output.name.rpartition(".")[0], output.source
-    before = stored.name.rpartition(".")[0]
+    stored = output.source
+    before = stored.name.rpartition(".")[0]  # the module; quanto writes `weight._data`
+    module = output.name if before.endswith(".weight") else output.name.rpartition(".")[0]
 
     def part(spec: TensorSpec) -> Output:
         name = f"{module}{spec.name.removeprefix(before)}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from distmerge.adapter.changes import ADD, BLOCK_ROWS_NUMEL, LORA, Change, Effect, Region, Replacement
 from distmerge.adapter.cost import computed
 from distmerge.adapter.effects import effects, parameter_paths
-from distmerge.adapter.naming.names import Found, Names, find_names
+from distmerge.adapter.naming.names import Found, Names, find_names, refuse_foreign
 from distmerge.adapter.naming.slots import Slot
 from distmerge.adapter.naming.tables import parse_rules
 from distmerge.adapter.patterns import time_limit
@@ -19,7 +19,7 @@ from distmerge.adapter.views import View
 from distmerge.checkpoint.base import Base
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, TensorSpec
 from distmerge.checkpoint.layers import vocab_sizes
-from distmerge.checkpoint.packing import Foreign, Stored
+from distmerge.checkpoint.packing import Stored
 from distmerge.errors import InputError, listing, printable
 from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 
@@ -48,6 +48,7 @@ def resolve(adapter: Adapter, number: int, weight: float, base: Base) -> Resolve
     with time_limit(str(adapter.folder / CONFIG), num_names=len(adapter.modules)):
         paths = parameter_paths(adapter)
         names = find_names(paths, base, parse_rules(adapter.options.rules), adapter.where, also=list(adapter.full))
+        refuse_foreign([*paths, *adapter.full], names, adapter.where)
         found, replacements = effects(adapter, names)
         warnings = [*_untargeted(adapter), *_unsaved(adapter, names), *_alpha_warnings(adapter)]
         changes: dict[str, list[Change]] = {}
@@ -192,12 +193,6 @@ def _needs_whole(change: Change) -> bool:
 
 
 def _check_target(effect: Effect, stored: Stored, name: str, adapter: Adapter) -> None:
-    if isinstance(stored.packing, Foreign):
-        raise InputError(
-            f"{name!r} is packed by {stored.packing.kind}, which cannot be merged into",
-            where=adapter.where,
-            hint="merge into the 16-bit base instead",
-        )
     if stored.dtype not in FLOATS:
         raise InputError(
             f"{name!r} is stored as {stored.dtype} without scales, which cannot be merged into",

@@ -45,7 +45,7 @@ def group(
     if quantization is None or quantization.is_known:
         packings |= find_four_bit(specs_left, read, is_transposed)
         finder = Finder(
-            specs={n: s for n, s in specs_left.items() if n not in packings},
+            specs=specs_left,
             quantization=quantization,
             dtype=_dense_dtype(specs_left, quantization, config),
             read=read,

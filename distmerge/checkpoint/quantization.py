@@ -16,7 +16,7 @@ SECTIONS = ("quantization_config", "compression_config")
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _READ = {
     "bitsandbytes": ("nf4", "fp4", "int8"),
-    "fp8": ("fp8", "mxfp4"),
+    "fp8": ("fp8", "fp4_e2m1"),
     "fbgemm_fp8": ("fp8",),
     "compressed-tensors": ("fp8", "int8"),
     "mxfp4": ("mxfp4",),

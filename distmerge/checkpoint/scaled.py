@@ -133,7 +133,7 @@ class Finder:
         if len(spec.shape) not in (2, 3):
             raise InputError(f"expected a matrix, or one for each expert, got {spec.shape}", where=spec.name)
         method = self.quantization.kinds if self.quantization else ()
-        halves = spec.dtype == "I8" and "mxfp4" in method  # two 4-bit floats a byte
+        halves = spec.dtype == "I8" and "fp4_e2m1" in method  # two 4-bit floats a byte
         block = (1, _GROUP) if halves else self._block(spec, scale)
         zero = self.specs.get(f"{spec.name}_zero_point")
         if zero is not None and (zero.dtype != "I8" or spec.dtype != "I8" or zero.shape != scale.shape):
@@ -148,7 +148,7 @@ class Finder:
         names = [f"{module}.{tail}" for tail in _BESIDE] if spec.name == f"{module}.weight" else []
         names.append(f"{spec.name}_activation_scale")
         others = tuple(self.specs[name] for name in names if name in self)
-        kind = "mxfp4" if halves else "int8" if spec.dtype == "I8" else "fp8"
+        kind = "fp4_e2m1" if halves else "int8" if spec.dtype == "I8" else "fp8"
         return self._packing(kind, spec, scale, block, zero=zero, others=others, halves=halves)
 
     def _block(self, spec: TensorSpec, scale: TensorSpec) -> tuple[int, int]:

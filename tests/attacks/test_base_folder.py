@@ -152,7 +152,7 @@ def test_files_without_any_tensor_are_refused(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "mxfp4", "hqq", None, 5, ["x"]])
-def test_other_quantizations_are_refused_by_name(scene: Scene, method: Any) -> None:
+def test_a_quantization_that_no_tensor_has_is_refused_by_name(scene: Scene, method: Any) -> None:
     edit_json(scene.base / "config.json", quantization_config={"quant_method": method, "bits": 4})
     scene.refuse(repr(method), "config.json", hint="16-bit")
 
@@ -162,9 +162,9 @@ def test_a_quantization_inside_a_nested_configuration_is_refused(scene: Scene) -
     scene.refuse("'awq'", "config.json")
 
 
-def test_bitsandbytes_int8_is_refused(scene: Scene) -> None:
+def test_int8_of_bitsandbytes_without_a_packed_weight_is_refused(scene: Scene) -> None:
     edit_json(scene.base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    scene.refuse("int8", "config.json", hint="16-bit")
+    scene.refuse("int8", "none", "config.json", hint="16-bit")
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"a": 1, "a": 2}', b"\xff", b"{" * 100, b'\xef\xbb\xbf{"a": 1}'])

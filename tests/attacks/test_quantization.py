@@ -137,10 +137,10 @@ def test_a_huge_state_is_refused_before_it_is_read(packed_scene: Scene) -> None:
     packed_scene.refuse(STATE, 1 << 20)
 
 
-def test_int8_scales_are_refused(packed_scene: Scene) -> None:
+def test_scales_of_int8_beside_4_bits_are_refused(packed_scene: Scene) -> None:
     name = "model.layers.0.self_attn.q_proj.SCB"
     packed_scene.single(lambda tensors: {**tensors, name: torch.ones(64)})
-    packed_scene.refuse(name, "int8", hint="16-bit")
+    packed_scene.refuse(name, W)
 
 
 def test_two_states_for_one_weight_are_refused(packed_scene: Scene) -> None:
@@ -168,13 +168,6 @@ def test_scales_that_are_not_finite_publish_nothing(packed_scene: Scene, tail: s
     with pytest.raises((InputError, VerifyError), match="q_proj"):
         packed_scene.merge()
     assert not packed_scene.output.exists()
-
-
-def test_a_packed_gpt2_is_refused(packed_scene: Scene) -> None:
-    from tests.factories import edit_json
-
-    edit_json(packed_scene.base / "config.json", model_type="gpt2")
-    packed_scene.refuse("gpt2", "Conv1D", hint="16-bit")
 
 
 def test_text_that_utf_8_cannot_hold_is_no_bug(packed_scene: Scene, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from distmerge.adapter.naming.slots import Slot
 from distmerge.adapter.naming.tables import Renaming, Rule, apply_rules, rename
 from distmerge.checkpoint.base import Base
 from distmerge.checkpoint.formats import CONV1D_MODELS, CONV1D_MODULES
+from distmerge.checkpoint.packing import Foreign
 from distmerge.errors import InputError, listing, printable
 
 _IN_PROJ = "in_proj_weight"
@@ -126,6 +127,19 @@ def find_names(
     if lost := [path for path in paths if names.place(path) is None]:
         raise _not_found(lost, paths, base, where, "")
     return names
+
+
+def refuse_foreign(paths: Sequence[str], names: Names, where: str) -> None:
+    """Raises InputError for the first of `paths` that lies in a tensor which another method packed."""
+    for path in paths:
+        found = names.place(path)
+        for slot in found.slots if found else ():
+            if isinstance(packing := names.base.tensors[slot.name].packing, Foreign):
+                raise InputError(
+                    f"{slot.name!r} is packed by {packing.kind}, which cannot be merged into",
+                    where=where,
+                    hint="merge into the 16-bit base instead",
+                )
 
 
 def _read_model(base: Base) -> ModelNames | str:
