@@ -51,7 +51,7 @@ class MergeConfig:
     device: str = "auto"
     """`auto`, `cpu`, or an accelerator type such as `cuda`."""
     dtype: str = "auto"
-    """Floats of the output: `auto` keeps each tensor's own (packed ones: the recorded one)."""
+    """Floats of the output: `auto` keeps each tensor's own (packed ones: the recorded one, or that of config.json)."""
     keep_quantized: bool = False
     """Leave packed tensors that nothing changes packed, byte for byte, instead of dequantizing all of them."""
     max_shard_size: int | None = None

@@ -11,6 +11,7 @@ from distmerge.adapter.peft_adapter import CONFIG, Adapter, AdapterOptions, read
 from distmerge.adapter.saved.folders import is_adapter
 from distmerge.adapter.tuners.experts import unwrap
 from distmerge.checkpoint.base import read_base
+from distmerge.checkpoint.packing import Foreign
 from distmerge.errors import InputError, printable
 from distmerge.progress import gigabytes
 from distmerge.receipt import read_receipt
@@ -60,7 +61,9 @@ def _base(folder: Path) -> dict[str, Any]:
     base = read_base(folder)
     formats: Counter[str] = Counter()
     for stored in base.tensors.values():
-        formats[f"{stored.packing.kind} ({stored.dtype})" if stored.packing else stored.dtype] += 1
+        dense = stored.packing is not None and not isinstance(stored.packing, Foreign)
+        kind = stored.packing.kind if stored.packing else stored.dtype
+        formats[f"{kind} ({stored.dtype})" if dense else kind] += 1
     return {
         "kind": "base",
         "path": str(folder),

@@ -43,6 +43,7 @@ class Outputs:
     names: tuple[Names, ...]
     unused: tuple[dict[str, str], ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,13 +175,10 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
     for number, initial in enumerate(config.initials):
         if initial:
             check_initial(adapters[number - 1][0], adapters[number][0])
-    outputs = collect(base, adapters)
-    if config.keep_quantized:
-        outputs = keep_packed(outputs)
-    refuse_foreign((name, output.source) for name, output in outputs.tensors.items())
+    outputs = _collect(base, adapters, config)
     warnings = [*base.warnings, *outputs.warnings]
     files, tasks = place(_shards(base, outputs, config))
-    planned, notes = [], []
+    planned, notes = [], list(outputs.notes)
     for number, (adapter, weight) in enumerate(adapters):
         check_indices(adapter, (change for task in tasks for change in task.changes if change.adapter == number))
         used = used_tensors(tasks, number) if adapter.is_partial else ()
@@ -226,6 +223,14 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
     )
     count_lanes(plan, config.memory_budget, wanted=1)
     return plan
+
+
+def _collect(base: Base, adapters: list[tuple[Adapter, float]], config: MergeConfig) -> Outputs:
+    outputs = collect(base, adapters)
+    if config.keep_quantized:
+        outputs = keep_packed(outputs)
+    refuse_foreign((name, output.source) for name, output in outputs.tensors.items())
+    return outputs
 
 
 def _combine(config: MergeConfig) -> Combine:
@@ -355,8 +360,9 @@ def _doubts(adapter: Adapter, names: Names) -> list[str]:
     own = str(base.config.get("_name_or_path") or "") or folder_name(base.folder)
     if told and told.rstrip("/").split("/")[-1].lower() not in (own.rstrip("/").split("/")[-1].lower(), ""):
         doubts.append(f"{name}: trained on {told!r}, merged into {own!r}")
-    if not base.packed and any(mark in told.lower() for mark in ("4bit", "nf4", "int4")):
-        doubts.append(f"{name}: trained on a 4-bit base ({told!r}), merged into 16-bit weights that it has never seen")
+    if not {"nf4", "fp4"} & set(base.kinds) and any(mark in told.lower() for mark in ("4bit", "nf4", "int4")):
+        into = f"{' and '.join(base.kinds)}" if base.packed else "16-bit"
+        doubts.append(f"{name}: trained on a 4-bit base ({told!r}), merged into {into} weights that it has never seen")
     # Where names were translated, those that the configuration means are not the base's.
     if not names.how and (missing := untouched_targets(adapter, base)):
         doubts.append(f"{name}: {len(missing)} targeted modules have no weights in the adapter: {listing(missing, 3)}")

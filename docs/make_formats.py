@@ -7,6 +7,8 @@ from pathlib import Path
 from distmerge.adapter.naming.tables import TABLES
 from distmerge.adapter.peft_config import REFUSED_FIELDS
 from distmerge.adapter.tuners.registry import TUNERS, UNMERGEABLE
+from distmerge.checkpoint.foreign import SIGNS
+from distmerge.checkpoint.quantization import KINDS, SKIP_LISTS
 from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 
 _INTRO = """\
@@ -71,8 +73,53 @@ def page() -> str:
         + ", ".join(sorted(name for name, operator in OPERATORS.items() if not operator.row_local))
         + ". On a weight that is stored transposed every operator but products does.",
     ]
+    lines += ["", _BASES + "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in _PACKED), _bases_tail()]
     lines += [_NAMES + "\n".join(f"- {name}" for name in TABLES), _TAIL]
     return "\n".join(lines)
+
+
+_BASES = """\
+## Bases
+
+Plain floats in bfloat16, float16 and float32, and packed weights, known by the tensors beside them (in any shard);
+`config.json` must not say otherwise. `q` is a stored number. Everything is computed in float32 and rounded once to the
+dense dtype: that of the quantization state, or else of `config.json`.
+
+| packed by | tensors | dense weight |
+| --- | --- | --- |
+"""
+_PACKED = (
+    ("bitsandbytes NF4, FP4, any storage, block size and nesting", "`weight.quant_state.*`", "quant_map[q] absmax"),
+    ("bitsandbytes int8", "`SCB`, `weight_format` 0", "q SCB 7.874015718698502e-3"),
+    ("FP8 in blocks, ragged ones too, or with one scale", "`weight_scale_inv` (F32, BF16, F16, E8M0, U8)", "q scale"),
+    ("FP8 experts, fused", "`P`, `P_scale_inv`", "q scale"),
+    ("4-bit floats in int8 beside FP8 (DeepSeek-V4)", "`scale`, groups of 32", "E2M1[q] scale, low nibble first"),
+    ("FBGEMM FP8", "`weight_scale` for a row, or a column of experts", "q scale"),
+    ("compressed-tensors float-quantized", "`weight_scale` for a tensor, row or block", "q scale"),
+    ("compressed-tensors int-quantized", "the same, or groups; `weight_zero_point`", "(q - zero) scale"),
+    ("MXFP4 experts of gpt-oss", "`P_blocks`, `P_scales`", "E2M1[q] 2^(scale - 127), transposed to (experts, in, out)"),
+    ("GPT-2's Conv1D in any of bitsandbytes' formats", "as above", "as above, transposed to (in, out)"),
+)
+
+
+def _bases_tail() -> str:
+    methods = "; ".join(f"`{method}` ({', '.join(kinds)})" for method, kinds in KINDS.items())
+    signs = ", ".join(f"`{sign}` ({kind})" for sign, kind in SIGNS.items())
+    lists = "; ".join(f"{method}: {', '.join(f'`{key}`' for key in keys)}" for method, keys in SKIP_LISTS.items())
+    return f"""
+Read are these values of `quant_method`: {methods}. Every other one, and modules that hold {signs}, can only be kept:
+they are refused by name where an adapter changes them, and without `--keep-quantized`. A checkpoint that has nothing
+but `hf_quant_config.json` counts as modelopt's.
+
+With `--keep-quantized` packed tensors that nothing changes are copied byte for byte with all that lies beside them.
+What is changed becomes dense, and with it what loaders fuse: q, k and v, gate and up (w1 and w3), all experts of a
+layer. The skip list of the configuration names what is no longer packed ({lists}); where there was none, the loader's
+own defaults are written down too. When nothing is left packed, the section goes.
+
+Scales of activations (`input_scale`, `output_scale`, ...) go with their packed weight; those of a quantized cache
+(`self_attn.k_scale`) are copied. A weight that is stored transposed is read one matrix at a time: the budget must hold
+one expert's.
+"""
 
 
 _NAMES = """

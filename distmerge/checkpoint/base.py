@@ -46,6 +46,11 @@ class Base:
     def packed(self) -> bool:
         return any(stored.packing for stored in self.tensors.values())
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The formats of its packed tensors, by name."""
+        return tuple(sorted({stored.packing.kind for stored in self.tensors.values() if stored.packing}))
+
 
 def read_base(folder: Path) -> Base:
     """The checkpoint in `folder`, from headers and small files. Raises InputError for what cannot be merged."""

@@ -8,7 +8,7 @@ from distmerge.checkpoint.quantization import Quantization
 from distmerge.errors import InputError
 
 # The tensor of a linear that tells how it was packed, where the configuration does not.
-_SIGNS = {
+SIGNS = {
     "qweight": "GPTQ or AWQ",
     "weight_packed": "compressed-tensors (packed integers or NVFP4)",
     "W_q": "HQQ",
@@ -36,11 +36,11 @@ def find_foreign(
     data: dict[str, str] = {}
     for module, names in modules.items():
         inside = [name for name in names if name != f"{module}.bias"]
-        sign = next((sign for sign in _SIGNS if f"{module}.{sign}" in inside), None)
+        sign = next((sign for sign in SIGNS if f"{module}.{sign}" in inside), None)
         packed = [name for name in inside if specs[name].dtype in _PACKED] if strange else []
         if sign is None and not packed:
             continue
-        kind = quantization.method if quantization is not None and sign is None else _SIGNS.get(sign or "", "")
+        kind = quantization.method if quantization is not None and sign is None else SIGNS.get(sign or "", "")
         if strange and quantization is not None:
             kind = quantization.method
         # A linear is one weight in several tensors; what holds several parameters has each with its companions.

@@ -14,14 +14,14 @@ from distmerge.storage.strict_json import read_object
 SECTIONS = ("quantization_config", "compression_config")
 # What tools lay beside config.json; nothing of it is true once nothing is packed.
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-_READ = {
+KINDS = {
     "bitsandbytes": ("nf4", "fp4", "int8"),
     "fp8": ("fp8", "fp4_e2m1"),
     "fbgemm_fp8": ("fp8",),
     "compressed-tensors": ("fp8", "int8"),
     "mxfp4": ("mxfp4",),
 }
-_SKIP_LISTS = {
+SKIP_LISTS = {
     "bitsandbytes": ("llm_int8_skip_modules",),
     "fp8": ("modules_to_not_convert", "ignored_layers"),
     "fbgemm_fp8": ("modules_to_not_convert",),
@@ -84,7 +84,7 @@ def read_quantization(folder: Path, config: dict[str, Any]) -> Quantization | No
         read_object(beside)
         return Quantization(method="'modelopt'", where=str(beside), kinds=(), blocks=())
     method = _method(found[0])
-    kinds = _READ.get(method, ()) if isinstance(method, str) else ()
+    kinds = KINDS.get(method, ()) if isinstance(method, str) else ()
     if method == "bitsandbytes":
         int8 = any(section.get("load_in_8bit") is True for section in found)
         kinds = ("int8",) if int8 else ("nf4", "fp4")
@@ -128,7 +128,7 @@ def add_skipped(config: dict[str, Any], modules: Iterable[str], defaults: Iterab
     loader does by default; once there is a list it must name these `defaults` too."""
     modules = list(modules)
     for section in sections(config):
-        keys = _SKIP_LISTS.get(method, ()) if isinstance(method := _method(section), str) else ()
+        keys = SKIP_LISTS.get(method, ()) if isinstance(method := _method(section), str) else ()
         present = [key for key in keys if isinstance(section.get(key), list)]
         lists = {key: [name for name in section[key] if isinstance(name, str)] for key in present}
         for key in present or keys[:1]:

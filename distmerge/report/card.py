@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from distmerge import __version__
+from distmerge.checkpoint.quantization import sections
 from distmerge.plan import Plan
 
 _AUTO_CLASSES = (
@@ -30,7 +31,6 @@ def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, A
     if told:
         metadata["base_model_relation"] = "merge" if several else "finetune"
     auto_class = _auto_class(config)
-    packed = any(task.source.packing for task in plan.tasks)
     lines = [
         "---",
         metadata.to_yaml(),
@@ -55,11 +55,7 @@ def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, A
         ),
         "",
         f"All {num_applied} adapter tensors were applied exactly once, in float32, and each element was rounded once. "
-        + (
-            "The base was packed in 4 bits; the deltas were added to its dequantized values, those that training saw. "
-            if packed
-            else ""
-        )
+        + _packing(plan, config)
         + "`merge_receipt.json` lists every adapter tensor with the tensor it went into, and every file's SHA-256.",
         "",
         "```python",
@@ -75,6 +71,14 @@ def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, A
     return "\n".join(lines)
 
 
+def _packing(plan: Plan, config: dict[str, Any]) -> str:
+    """What was packed, and what still is."""
+    kinds = sorted({task.source.packing.kind for task in plan.tasks if task.source.packing})
+    seen = ", those that training saw" if {*kinds} <= {"nf4", "fp4"} else ""
+    text = f"The base was packed in {_join(kinds)}; the deltas were added to its dequantized values{seen}. "
+    return text * bool(kinds) + "What no adapter changes is still packed. " * bool(sections(config))
+
+
 def _auto_class(config: dict[str, Any]) -> str:
     """The class of transformers that loads the output."""
     names = config.get("architectures")
@@ -84,7 +88,7 @@ def _auto_class(config: dict[str, Any]) -> str:
 
 def _join(names: list[str]) -> str:
     cells = [_cell(name) for name in names]
-    return cells[0] if len(cells) == 1 else f"{', '.join(cells[:-1])} and {cells[-1]}"
+    return "".join(cells) if len(cells) < 2 else f"{', '.join(cells[:-1])} and {cells[-1]}"
 
 
 def _cell(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +36,7 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         "combine": str(plan.combine),
         "kinds": kinds,
         "packed_tensors": sum(task.source.packing is not None for task in plan.tasks),
+        "packed_formats": dict(Counter(task.source.packing.kind for task in plan.tasks if task.source.packing)),
         "adapters": [asdict(adapter) for adapter in plan.adapters],
         "files": [{"name": file.name, "bytes": file.nbytes} for file in plan.files],
         "segments": len(plan.segments),
@@ -60,7 +62,8 @@ def plan_table(facts: dict[str, Any]) -> str:
             read, written = gigabytes(found["bytes_read"]), gigabytes(found["bytes_written"])
             rows.append((kind, f"{found['tensors']} tensors, read {read}, write {written}"))
     if facts["packed_tensors"]:
-        rows.append(("packed", f"{facts['packed_tensors']} tensors are dequantized from 4 bits"))
+        kinds = " and ".join(sorted(facts["packed_formats"]))
+        rows.append(("packed", f"{facts['packed_tensors']} tensors are dequantized from {kinds}"))
     rows.append(("output", f"{facts['output']}  {_shards(facts['files'])}, {len(facts['side_files'])} side files"))
     if facts["overlaid_files"]:
         rows.append(("overlaid", f"from the adapter: {', '.join(facts['overlaid_files'])}"))

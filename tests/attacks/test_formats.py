@@ -137,7 +137,10 @@ def test_int8_whose_tensors_do_not_fit_is_refused(
         (lambda ts: {k: t for k, t in ts.items() if not k.endswith("_blocks")}, (f"{EXPERTS}_scales", "_blocks")),
         (lambda ts: {k: t[..., :1].contiguous() for k, t in ts.items()}, (f"{EXPERTS}_blocks", "(2, 40, 2, 1)")),
         (lambda ts: {**ts, f"{EXPERTS}_scales": torch.ones(2, 40, 2)}, (f"{EXPERTS}_scales", "F32")),
-        (lambda ts: {**ts, f"{EXPERTS}_scales": ts[f"{EXPERTS}_scales"][:, :39].contiguous()}, ("(2, 39, 2)", "(2, 40, 2)")),
+        (
+            lambda ts: {**ts, f"{EXPERTS}_scales": ts[f"{EXPERTS}_scales"][:, :39].contiguous()},
+            ("(2, 39, 2)", "(2, 40, 2)"),
+        ),
         (lambda ts: {**ts, EXPERTS: noise(2, 64, 40)}, (EXPERTS, "twice")),
     ],
 )
