@@ -76,8 +76,13 @@ class Dense:
         """Elements [first, last) as they are stored, in float32, without their scales."""
         if isinstance(packing, Scaled) and not packing.halves:
             self._read(data, first, buffers.view[: last - first])
-            stored = buffers.upload(last - first).view(torch_dtype(data.dtype))
-            return buffers.work[: last - first].copy_(stored)
+            if data.dtype == "I8":
+                return buffers.work[: last - first].copy_(buffers.upload(last - first).view(torch.int8))
+            pairs = -(-(last - first) // 2)
+            table = self._float8(torch_dtype(data.dtype))
+            stored = buffers.upload(2 * pairs).view(torch.uint16)  # of an odd number the last one means nothing
+            nf4.unpack(stored, table, buffers.index[:pairs], buffers.work[: 2 * pairs])
+            return buffers.work[: last - first]
         odd, nbytes = first % 2, -(-last // 2) - first // 2
         self._read(data, first // 2, buffers.view[:nbytes])
         table = self._e2m1() if isinstance(packing, Scaled) else self._table(packing.quant_map, nf4.pair_table)
@@ -134,6 +139,9 @@ class Dense:
 
     def _e2m1(self) -> Tensor:
         return self._made(b"e2m1", lambda: scaled.low_first(scaled.E2M1.to(self._device)))
+
+    def _float8(self, dtype: torch.dtype) -> Tensor:
+        return self._made(str(dtype).encode(), lambda: scaled.float8_pairs(dtype).to(self._device))
 
     def _table(self, spec: TensorSpec, make: Callable[[Tensor], Tensor]) -> Tensor:
         """`make` of a code table; nearly every tensor holds the same one, so that it is made once."""

@@ -79,6 +79,13 @@ class Task(Wanted):
         return any(change.whole for change in self.changes)
 
     @property
+    def scratch_nbytes(self) -> int:
+        """Bytes that the operators of its changes take beside a block, in temporaries."""
+        found = max((change.scratch_nbytes for change in self.changes), default=0)
+        # A change counts on blocks of the ordinary size.
+        return found * -(-self._matrix_numel // BLOCK_NUMEL) if found and not self._whole else found
+
+    @property
     def stored_block_nbytes(self) -> int:
         """Bytes of the largest block as its source stores it, companions apart."""
         numel = self.largest_block_numel

@@ -147,7 +147,7 @@ class Plan:
         """Bytes of the buffers through which one block passes (see lanes.Lane), and of what its changes take."""
         stored = max(task.stored_block_nbytes for task in self.tasks)
         packed = max((task.largest_block_numel for task in self.tasks if task.source.packing), default=0)
-        operators = max((change.scratch_nbytes for task in self.tasks for change in task.changes), default=0)
+        operators = max(task.scratch_nbytes for task in self.tasks)
         scales = max(
             (t.source.packing.scratch_nbytes(t.largest_block_numel) for t in self.tasks if t.source.packing), default=0
         )

@@ -118,8 +118,7 @@ own defaults are written down too. When nothing is left packed, the section goes
 
 Scales of activations (`input_scale`, `output_scale`, ...) go with their packed weight; those of a quantized cache
 (`self_attn.k_scale`) are copied. A weight that is stored transposed is read one matrix at a time: the budget must hold
-one expert's.
-"""
+one expert's."""
 
 
 _NAMES = """

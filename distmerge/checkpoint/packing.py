@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from distmerge.checkpoint.header import TensorSpec
 
+# Temporaries of looking for values that are not finite, for each element of a block; in a block of the ordinary size
+# they are not worth counting.
+_CHECKED_NBYTES = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FourBit:
@@ -51,8 +55,8 @@ class FourBit:
         return numel // 2 + 1
 
     def scratch_nbytes(self, numel: int) -> int:
-        """Bytes that dequantizing `numel` elements takes beside the lane's buffers: none to speak of."""
-        return 0
+        """Bytes that dequantizing and checking `numel` elements takes beside the lane's buffers, at most."""
+        return _CHECKED_NBYTES * numel if self.transposed else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +104,14 @@ class Scaled:
 
     def data_nbytes(self, numel: int) -> int:
         """Bytes that `numel` elements in a row take of the weight's data, at most."""
-        return numel // 2 + 1 if self.halves else numel
+        return numel // 2 + 1 if self.halves else numel + 1
 
     def scratch_nbytes(self, numel: int) -> int:
-        """Bytes of the scales, and zeros, of `numel` elements in a row, as stored and in float32, at most."""
+        """Bytes of the scales, and zeros, of `numel` elements in a row, as stored and in float32, and of checking the
+        elements, at most."""
         rows = (numel // max(self.matrix[1], 1) + 2) // self.block[0] + 2
-        return 13 * rows * self.grid[1] * (1 if self.zero is None else 2)
+        scales = 13 * rows * self.grid[1] * (1 if self.zero is None else 2)
+        return scales + (_CHECKED_NBYTES * numel if self.transposed else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,7 +44,8 @@ def pair_table(quant_map: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, table: Tensor, index: Tensor, out: Tensor) -> None:
-    """Writes the codes of `packed`, uint8 (n,), as floats to `out`, float32 (2 n,); `index` is int32 (n,) scratch."""
+    """Writes the codes of `packed`, uint8 or uint16 (n,), as pairs of floats to `out`, float32 (2 n,); `index` is int32
+    (n,) scratch."""
     index.copy_(packed)
     torch.index_select(table, 0, index, out=out.view(torch.int64))
 

@@ -51,6 +51,14 @@ def low_first(quant_map: Tensor) -> Tensor:
     return torch.stack([quant_map[byte & 15], quant_map[byte >> 4]], dim=1).contiguous().view(torch.int64).view(256)
 
 
+def float8_pairs(dtype: torch.dtype) -> Tensor:
+    """For each two bytes, the first one low, the two floats that they are in the 8-bit `dtype`, as one int64: shape
+    (65536,). A gather of pairs is several times as fast as torch's own conversion on a CPU."""
+    values = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype).float()
+    code = torch.arange(1 << 16)
+    return torch.stack([values[code & 255], values[code >> 8]], dim=1).view(torch.int64).view(-1)
+
+
 def as_scales(stored: Tensor) -> Tensor:
     """Scales as float32; uint8 `b` stands for 2**(b - 127)."""
     if stored.dtype != torch.uint8:
