@@ -91,9 +91,9 @@ def int8(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {name: codes, f"{module}SCB": largest, f"{module}weight_format": torch.tensor(0, dtype=torch.uint8)}
 
 
-def dense_int8(tensors: dict[str, Tensor], name: str) -> Tensor:
+def dense_int8(tensors: dict[str, Tensor], name: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     scales = tensors[f"{name.removesuffix('weight')}SCB"]
-    return (tensors[name] * scales.view(-1, 1) * 7.874015718698502e-3).bfloat16()
+    return (tensors[name] * scales.view(-1, 1) * 7.874015718698502e-3).to(dtype)
 
 
 def mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:

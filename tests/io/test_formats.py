@@ -218,3 +218,158 @@ def test_a_packed_gpt2_is_merged_as_its_dense_layout_is(kind: str, tmp_path: Pat
     exact, magnitude = expected.double() + delta[0].T, expected.double().abs() + delta[1].T
     oracles.assert_rounded_once(out[name], exact, magnitude, terms=24)
     assert out[name].shape == (80, 96)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_what_is_dequantized_is_what_transformers_dequantizes(kind: str, base: Path, tmp_path: Path) -> None:
+    import transformers
+
+    if kind == "int8":
+        quantization = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=quantization, device_map={"": "cpu"}
+        )
+        model.save_pretrained(tmp_path / "packed", max_shard_size="20KB")
+        packed = tmp_path / "packed"
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(packed, device_map={"": "cpu"}).dequantize()
+    else:
+        section = {**FP8, "weight_block_size": [32, 32]}
+        packed = formats.llama_in(
+            tmp_path / "packed", base, lambda name, weight: formats.fp8(name, weight, (32, 32)), section
+        )
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(packed)
+    adapter = write_adapter(tmp_path / "lora", {"lm_head": (noise(2, 64), noise(96, 2))})
+    found = load_folder(merge(packed, adapter, tmp_path / "out"))
+    expected = theirs.state_dict()
+    assert found.keys() == expected.keys()
+    assert {name for name in found if not torch.equal(found[name], expected[name])} == {"lm_head.weight"}
+
+
+def tuned(model: Any, folder: Path, **fields: Any) -> Any:
+    """`model` with a trained LoRA of PEFT, saved in `folder`."""
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, task_type="CAUSAL_LM", **fields)).eval()
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(tuned.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(noise(*parameter.shape, seed=number, scale=0.3))
+    tuned.save_pretrained(folder)
+    return tuned
+
+
+def test_a_gpt_oss_in_mxfp4_answers_as_transformers_with_the_adapter_on_top(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GptOssConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    transformers.GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / "dense")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_folder(tmp_path / "dense").items():
+        tensors |= formats.mxfp4(name, tensor) if name.endswith("experts.gate_up_proj") else {name: tensor}
+        if name.endswith("experts.down_proj"):
+            tensors.pop(name)
+            tensors |= formats.mxfp4(name, tensor)
+    base = formats.write(tmp_path / "base", tensors, MXFP4, **formats.read_config(tmp_path / "dense"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fields = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    peft_model = tuned(model, tmp_path / "lora", **fields)
+    out = merge(base, tmp_path / "lora", tmp_path / "out")
+    found = load_folder(out)
+    changed = {name for name in found if not torch.equal(found[name], expected[name])}
+    assert changed == {f"model.layers.0.{name}" for name in ("mlp.experts.gate_up_proj", "self_attn.q_proj.weight")}
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        unmerged, before = peft_model(tokens).logits, None
+        with peft_model.disable_adapter():
+            before = peft_model(tokens).logits
+        merged = transformers.AutoModelForCausalLM.from_pretrained(out).eval()(tokens).logits
+    assert (merged - unmerged).abs().max() < 0.1 * (unmerged - before).abs().max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gpt2_that_transformers_packed_is_merged_in_its_dense_layout(bits: int, tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "dense")
+    quantization = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    auto = transformers.AutoModelForCausalLM
+    auto.from_pretrained(tmp_path / "dense", quantization_config=quantization, device_map={"": "cpu"}).save_pretrained(
+        tmp_path / "base"
+    )
+    tuned(auto.from_pretrained(tmp_path / "dense"), tmp_path / "lora", target_modules=["c_attn"], fan_in_fan_out=True)
+    found = load_folder(merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out"))
+    dense, packed = load_folder(tmp_path / "dense"), load_folder(tmp_path / "base")
+    name = "transformer.h.0.attn.c_attn.weight"
+
+    def read(tensors: dict[str, Tensor], key: str) -> Tensor:
+        if bits == 4:
+            return oracles.dequantize_4bit(tensors, key)
+        return formats.dense_int8(tensors, key, found[key].dtype)
+
+    for other in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        key = f"transformer.h.0.{other}.weight"
+        assert found[key].shape == dense[key].shape
+        assert torch.equal(found[key], read(packed, key).T.to(found[key].dtype)), key
+    delta = oracles.deltas(tmp_path / "lora")[name]
+    stored = read(packed, name).T.to(found[name].dtype).double()
+    oracles.assert_rounded_once(found[name], stored + delta[0].T, stored.abs() + delta[1].T, terms=24)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_the_bytes_do_not_depend_on_the_budget(kind: str, tmp_path: Path) -> None:
+    tensors, section = PACKED[kind]()
+    tensors = {f"{name}": tensor for name, tensor in tensors.items()}
+    if kind == "mxfp4":
+        tensors = formats.mxfp4("model.experts.down_proj", noise(3, 512, 1100))
+    base = formats.write(tmp_path / "base", {**tensors, OTHER: noise(2000, 600)}, section)
+    adapter = write_adapter(tmp_path / "lora", {"other": (noise(2, 600), noise(2000, 2))})
+    budgets = ["16MiB", "1GiB"]
+    outs = [merge(base, adapter, tmp_path / b, memory_budget=int(b[:-3]) << (20 if "M" in b else 30)) for b in budgets]
+    assert digests(outs[0]) == digests(outs[1])
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_inspect_names_the_format(kind: str, tmp_path: Path) -> None:
+    from distmerge.inspection import inspect
+
+    tensors, section = PACKED[kind]()
+    facts = inspect(formats.write(tmp_path / "base", tensors, section))
+    assert facts["formats"] == {f"{kind} (BF16)": 1}
+    assert facts["parameters"] == {"fp8": 60_000, "int8": 60_000, "mxfp4": 5120}[kind]
+
+
+def test_plan_and_card_name_the_format_and_what_stays_packed(tmp_path: Path) -> None:
+    import distmerge
+    from distmerge.report.table import plan_facts, plan_table
+
+    tensors = {**formats.fp8(W, noise(300, 200)), **formats.fp8(W.replace("down", "up"), noise(300, 200))}
+    base = formats.write(tmp_path / "base", tensors, FP8)
+    adapter = write_adapter(tmp_path / "lora", {MODULE: (noise(2, 200), noise(300, 2))})
+    choice = distmerge.AdapterChoice(folder=adapter)
+    for keep in (False, True):
+        config = distmerge.MergeConfig(
+            base=base, adapters=(choice,), output=tmp_path / str(keep), device="cpu", keep_quantized=keep
+        )
+        facts = plan_facts(distmerge.plan(config), config, wanted_lanes=1, room_nbytes=0, nproc=1)
+        table = plan_table(facts)
+        assert f"{1 if keep else 2} tensors are dequantized from fp8" in table
+        assert ("1 packed tensors stay packed" in table) is keep
+        distmerge.merge(config)
+        card = (config.output / "README.md").read_text()
+        assert "packed in fp8" in card
+        assert "4 bits" not in card
+        assert ("still packed" in card) is keep
