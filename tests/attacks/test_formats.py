@@ -277,6 +277,15 @@ def test_a_method_that_is_only_recognised_is_refused_by_name_and_by_tensor(metho
     )
 
 
+def test_what_is_fused_with_a_change_and_cannot_be_dequantized_is_refused(tmp_path: Path) -> None:
+    packed = FOREIGN["compressed-tensors"][1]
+    other = W.replace("q_proj", "k_proj")
+    tensors = formats.fp8(W, noise(160, 96), (160, 96), tail="_scale")
+    tensors |= {name.replace("q_proj", "k_proj"): tensor for name, tensor in packed.items()}
+    scene = scene_of(tmp_path, tensors, {**compressed(strategy="tensor"), "format": "mixed-precision"})
+    scene.refuse(other, "cannot be dequantized", hint="16-bit", keep_quantized=True)
+
+
 def test_a_method_that_only_a_file_beside_the_configuration_names_is_refused(tmp_path: Path) -> None:
     scene = scene_of(tmp_path, FOREIGN["modelopt"][1], None)
     (scene.base / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}}')
@@ -292,4 +301,4 @@ def test_tensors_of_a_method_are_recognised_without_a_configuration(method: str,
 def test_a_matrix_that_is_stored_transposed_and_does_not_fit_the_budget_is_refused(tmp_path: Path) -> None:
     tensors = formats.mxfp4(EXPERTS, noise(1, 2048, 2048))
     scene = scene_of(tmp_path, tensors, MXFP4, target="lm_head")
-    scene.refuse("too few", memory_budget=8 << 20, hint="--memory-budget")
+    scene.refuse("too few", memory_budget=48 << 20, hint="--memory-budget")
