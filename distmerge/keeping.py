@@ -92,7 +92,7 @@ def _modules(base: Base, names: list[str]) -> list[str]:
     the module that holds all of them, since loaders ask for that one."""
     model = read_names(base.folder, {name: stored.shape for name, stored in base.tensors.items()}, config=base.config)
     found = []
-    whole = base.quantization is not None and base.quantization.method == "'compressed-tensors'"
+    whole = base.quantization is not None and base.quantization.method == "compressed-tensors"
     for name in names:
         slot = model.find(name) if isinstance(model, ModelNames) else None
         for one in (name, *([slot.name] if slot else [])):
@@ -105,5 +105,6 @@ def _modules(base: Base, names: list[str]) -> list[str]:
 def _defaults(base: Base, tensors: dict[str, Output], plain: list[str]) -> list[str]:
     """The modules that loaders do not pack unless a list says otherwise: head, and all linears that are plain."""
     pair = find_pair(base)
-    embedding, heads = (pair[0], [pair[1]]) if pair else ("", [])
+    embedding, head = pair or ("", "")
+    heads = [head] if head and not (head in base.tensors and base.tensors[head].packing) else []
     return _modules(base, [*heads, *(name for name in _linears(tensors, plain) if name != embedding)])

@@ -12,7 +12,7 @@ SIGNS = {
     "qweight": "GPTQ or AWQ",
     "weight_packed": "compressed-tensors (packed integers or NVFP4)",
     "W_q": "HQQ",
-    "codebooks": "AQLM",
+    "codes": "AQLM",
     "weight._data": "quanto",
 }
 # Whole numbers that models have unpacked are of 64 bits.
@@ -36,13 +36,11 @@ def find_foreign(
     data: dict[str, str] = {}
     for module, names in modules.items():
         inside = [name for name in names if name != f"{module}.bias"]
-        sign = next((sign for sign in SIGNS if f"{module}.{sign}" in inside), None)
-        packed = [name for name in inside if specs[name].dtype in _PACKED] if strange else []
+        sign = next((sign for sign in SIGNS if _is_packed(specs.get(f"{module}.{sign}"))), None)
+        packed = [name for name in inside if _is_packed(specs[name])] if strange else []
         if sign is None and not packed:
             continue
-        kind = quantization.method if quantization is not None and sign is None else SIGNS.get(sign or "", "")
-        if strange and quantization is not None:
-            kind = quantization.method
+        kind = quantization.shown if strange and quantization is not None else SIGNS[str(sign)]
         # A linear is one weight in several tensors; what holds several parameters has each with its companions.
         is_linear = sign is not None or any(name.startswith(f"{module}.weight") for name in inside)
         for first in [f"{module}.{sign}" if sign else packed[0]] if is_linear else packed:
@@ -56,6 +54,10 @@ def find_foreign(
             )
             data[weight] = first
     return packings, data
+
+
+def _is_packed(spec: TensorSpec | None) -> bool:
+    return spec is not None and spec.dtype in _PACKED
 
 
 def _module(name: str) -> str:

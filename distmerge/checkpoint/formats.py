@@ -71,14 +71,14 @@ def _check_agree(packings: dict[str, Packing], quantization: Quantization | None
     for name, packing in packings.items():
         if quantization.is_known and not isinstance(packing, Foreign) and packing.kind not in quantization.kinds:
             raise InputError(
-                f"is packed as {packing.kind}, but the configuration says {quantization.method}",
+                f"is packed as {packing.kind}, but the configuration says {quantization.shown}",
                 where=name,
                 hint=f"are {quantization.where} and the weights of the same checkpoint?",
             )
     # A section of 4 bits may stand beside weights that were dequantized since.
     if not packings and quantization.kinds != ("nf4", "fp4"):
         raise InputError(
-            f"says that the weights are packed by {quantization.method}, but none of them is",
+            f"says that the weights are packed by {quantization.shown}, but none of them is",
             where=quantization.where,
             hint="download the checkpoint again, or merge into the 16-bit base instead",
         )
@@ -87,7 +87,7 @@ def _check_agree(packings: dict[str, Packing], quantization: Quantization | None
 def _dense_dtype(specs: dict[str, TensorSpec], quantization: Quantization | None, config: dict[str, Any]) -> str:
     """The dtype that loaders give to dense weights where the packed ones do not record it: the configuration's, or that
     of most other floats."""
-    if quantization is not None and quantization.method == "'fbgemm_fp8'":
+    if quantization is not None and quantization.method == "fbgemm_fp8":
         return "BF16"  # transformers overrides any other
     counts: Counter[str] = Counter()
     for name, spec in specs.items():

@@ -42,7 +42,7 @@ def find_four_bit(
             if weight in packings:
                 raise InputError("has two quantization states", where=weight)
             packing = _packing(weight, match["kind"], spec, specs, _read_state(spec, read))
-            if is_transposed(weight):
+            if is_transposed(weight) and len(packing.shape) == 2:
                 packing = replace(packing, shape=packing.shape[::-1], transposed=True)
             packings[weight] = packing
     used = {part.name for packing in packings.values() for part in packing.companions}

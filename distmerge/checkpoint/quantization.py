@@ -18,7 +18,7 @@ KINDS = {
     "bitsandbytes": ("nf4", "fp4", "int8"),
     "fp8": ("fp8", "fp4_e2m1"),
     "fbgemm_fp8": ("fp8",),
-    "compressed-tensors": ("fp8", "int8"),
+    "compressed-tensors": ("fp8", "int8_scaled"),
     "mxfp4": ("mxfp4",),
 }
 SKIP_LISTS = {
@@ -32,11 +32,12 @@ SKIP_LISTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """A quantization method by its name as the configuration gives it, shown safely, and the file that says so. `kinds`
-    are the packings of it that can be dequantized, none for a method that is not known; `blocks` the (rows, cols) that
-    its scales may stand for."""
+    """A quantization method as the configuration names it, empty if that is no text; `shown`, safely, for people, and
+    `where` it says so. `kinds` are the packings of it that can be dequantized, none for a method that is not known;
+    `blocks` the (rows, cols) that its scales may stand for."""
 
     method: str
+    shown: str
     where: str
     kinds: tuple[str, ...]
     blocks: tuple[tuple[int, int], ...]
@@ -82,15 +83,16 @@ def read_quantization(folder: Path, config: dict[str, Any]) -> Quantization | No
         if not beside.is_file():
             return None
         read_object(beside)
-        return Quantization(method="'modelopt'", where=str(beside), kinds=(), blocks=())
-    method = _method(found[0])
-    kinds = KINDS.get(method, ()) if isinstance(method, str) else ()
+        return Quantization(method="modelopt", shown="'modelopt'", where=str(beside), kinds=(), blocks=())
+    told = _method(found[0])
+    method = told if isinstance(told, str) else ""
+    kinds = KINDS.get(method, ())
     if method == "bitsandbytes":
         int8 = any(section.get("load_in_8bit") is True for section in found)
         kinds = ("int8",) if int8 else ("nf4", "fp4")
     blocks = dict.fromkeys(block for section in found for block in _blocks(section, where))
-    name = "bitsandbytes int8" if kinds == ("int8",) else shown(method)
-    return Quantization(method=name, where=where, kinds=kinds, blocks=tuple(blocks))
+    name = "bitsandbytes int8" if kinds == ("int8",) else shown(told)
+    return Quantization(method=method, shown=name, where=where, kinds=kinds, blocks=tuple(blocks))
 
 
 def _method(section: dict[str, Any]) -> Any:
@@ -112,8 +114,9 @@ def _blocks(section: dict[str, Any], where: str) -> list[tuple[int, int]]:
             continue
         if weights.get("block_structure") is not None:
             block = weights["block_structure"]
-            parts = block.split("x") if isinstance(block, str) else block  # written "128x128" once
-            found.append([int(part) if str(part).isdecimal() else part for part in parts])
+            if isinstance(block, str) and re.fullmatch(r"[0-9]{1,9}x[0-9]{1,9}", block):  # how it was written once
+                block = [int(part) for part in block.split("x")]
+            found.append(block)
         if weights.get("group_size") not in (None, -1):
             found.append([1, weights["group_size"]])
     for block in found:

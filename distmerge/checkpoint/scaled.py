@@ -80,7 +80,7 @@ class Finder:
         spec = self.specs.get(weight)
         if spec is None:
             raise InputError("the scales of bitsandbytes int8 have no weight", where=scale.name)
-        if spec.dtype != "I8" or len(spec.shape) != 2:
+        if spec.dtype != "I8" or len(spec.shape) != 2 or not spec.numel:
             raise InputError(f"expected I8 (out, in) with {scale.name!r}, got {spec.dtype} {spec.shape}", where=weight)
         if scale.dtype not in ("F32", "F16", "BF16") or scale.numel != spec.shape[0]:
             raise _unlike(scale, f"floats ({spec.shape[0]},)")
@@ -100,7 +100,7 @@ class Finder:
         scale = self.specs[f"{weight}_scales"]
         if weight in self:
             raise InputError(f"is stored twice, plain and as {spec.name!r}", where=weight)
-        if len(spec.shape) != 4 or spec.shape[-1] != _GROUP // 2:
+        if len(spec.shape) != 4 or spec.shape[-1] != _GROUP // 2 or not spec.numel:
             raise _unlike(spec, f"U8 (experts, out, in / {_GROUP}, {_GROUP // 2})")
         if scale.dtype != "U8" or scale.shape != spec.shape[:-1]:
             raise _unlike(scale, f"U8 {spec.shape[:-1]}")
@@ -130,7 +130,7 @@ class Finder:
     def _scaled(self, spec: TensorSpec, scale: TensorSpec) -> Scaled:
         if scale.dtype not in _SCALES:
             raise _unlike(scale, f"scales in {', '.join(_SCALES)}")
-        if len(spec.shape) not in (2, 3):
+        if len(spec.shape) not in (2, 3) or not spec.numel:
             raise InputError(f"expected a matrix, or one for each expert, got {spec.shape}", where=spec.name)
         method = self.quantization.kinds if self.quantization else ()
         halves = spec.dtype == "I8" and "fp4_e2m1" in method  # two 4-bit floats a byte
@@ -148,7 +148,7 @@ class Finder:
         names = [f"{module}.{tail}" for tail in _BESIDE] if spec.name == f"{module}.weight" else []
         names.append(f"{spec.name}_activation_scale")
         others = tuple(self.specs[name] for name in names if name in self)
-        kind = "fp4_e2m1" if halves else "int8" if spec.dtype == "I8" else "fp8"
+        kind = "fp4_e2m1" if halves else "int8_scaled" if spec.dtype == "I8" else "fp8"
         return self._packing(kind, spec, scale, block, zero=zero, others=others, halves=halves)
 
     def _block(self, spec: TensorSpec, scale: TensorSpec) -> tuple[int, int]:

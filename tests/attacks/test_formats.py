@@ -89,6 +89,30 @@ def test_scales_of_another_dtype_or_grid_are_refused_with_both_sides(scale: Tens
     scene_of(tmp_path, fp8(scale=scale), FP8).refuse(SCALE, "expected", tuple(scale.shape))
 
 
+@pytest.mark.parametrize("structure", [5, [5], "128", "x", "axb", {"a": 1}, [10**400, 1], "9" * 5000 + "x1", True])
+def test_a_block_structure_that_is_none_is_refused(structure: Any, tmp_path: Path) -> None:
+    section = compressed(strategy="block", block_structure=structure)
+    scene_of(tmp_path, formats.fp8(W, noise(160, 96), tail="_scale"), section).refuse("block size", "config.json")
+
+
+@pytest.mark.parametrize("shape", [(0, 96), (160, 0), (160,), (2, 2, 2, 2)], ids=str)
+def test_a_packed_weight_that_is_no_matrix_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    weight = torch.zeros(shape).to(torch.float8_e4m3fn)
+    scene_of(tmp_path, fp8(weight=weight), FP8, target="lm_head").refuse(W, "matrix", shape)
+
+
+def test_floats_that_only_have_the_name_of_a_packed_weight_are_plain(tmp_path: Path) -> None:
+    tensors = {
+        f"{MODULE}.W_q": noise(4, 4),
+        f"{MODULE}.codes": noise(4),
+        f"{MODULE}.qweight": noise(3),
+        W: noise(160, 96),
+    }
+    scene = scene_of(tmp_path, tensors, None)
+    scene.merge()
+    assert factories.load_folder(scene.output).keys() == {*tensors, "lm_head.weight"}
+
+
 @pytest.mark.parametrize("size", [None, [128], [128, 128, 128], [0, 128], [128.0, 128], ["128", 128], "128", [True, 1]])
 def test_a_block_size_that_is_none_is_refused(size: Any, tmp_path: Path) -> None:
     scene = scene_of(tmp_path, fp8(), {**FP8, "weight_block_size": size})
@@ -188,6 +212,13 @@ def test_a_configuration_of_another_method_than_the_tensors_is_refused(says: str
     else:
         scene.refuse()
         scene.refuse(keep_quantized=True)
+
+
+def test_integers_of_one_method_are_not_those_of_another(tmp_path: Path) -> None:
+    codes = {W: torch.ones(160, 96, dtype=torch.int8), f"{W}_scale": torch.ones(160, 1)}
+    scene_of(tmp_path / "a", codes, INT8).refuse(W, "int8_scaled", "bitsandbytes int8")
+    packed = formats.int8(W, noise(160, 96))
+    scene_of(tmp_path / "b", packed, compressed("int", strategy="channel")).refuse(W, "int8", "'compressed-tensors'")
 
 
 def test_two_sections_of_different_methods_are_refused(tmp_path: Path) -> None:
