@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from distmerge.errors import VerifyError
@@ -333,3 +336,42 @@ def test_a_matrix_that_is_stored_transposed_and_does_not_fit_the_budget_is_refus
     tensors = formats.mxfp4(EXPERTS, noise(1, 2048, 2048))
     scene = scene_of(tmp_path, tensors, MXFP4, target="lm_head")
     scene.refuse("too few", memory_budget=48 << 20, hint="--memory-budget")
+
+
+DTYPES = [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32, torch.float32, torch.bfloat16]
+TAILS = [
+    "weight",
+    "weight_scale_inv",
+    "weight_scale",
+    "SCB",
+    "weight_format",
+    "weight_blocks",
+    "weight_scales",
+    "qweight",
+]
+TAILS += ["weight_zero_point", "weight_packed", "input_scale", "scale", "weight.absmax", "W_q", "bias"]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(TAILS),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.sampled_from([0, 1, 2, 16, 32, 96, 160]), max_size=4)),
+        max_size=5,
+    ),
+    st.sampled_from([None, *SECTIONS.values(), compressed(), {"quant_method": "gptq"}]),
+    st.sampled_from(["llama", "gpt2"]),
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_mixture_of_companions_is_read_or_refused_by_name(
+    tmp_path: Path, tails: dict[str, Any], section: Any, model_type: str
+) -> None:
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    module = MODULE.replace("q_proj", "c_attn")
+    tensors = {f"{module}.{tail}": torch.zeros(shape).to(dtype) for tail, (dtype, shape) in tails.items()}
+    scene = scene_of(tmp_path, tensors, section, target="lm_head", model_type=model_type)
+    for keep in (False, True):
+        error = scene.try_plan(keep_quantized=keep)
+        assert error is None or any(word in str(error) for word in (module, "config.json"))
+        if error is None:
+            scene.merge(keep_quantized=keep)
+            shutil.rmtree(scene.output)
