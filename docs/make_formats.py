@@ -107,14 +107,16 @@ def _bases_tail() -> str:
     signs = ", ".join(f"`{sign}` ({kind})" for sign, kind in SIGNS.items())
     lists = "; ".join(f"{method}: {', '.join(f'`{key}`' for key in keys)}" for method, keys in SKIP_LISTS.items())
     return f"""
-Read are these values of `quant_method`: {methods}. Every other one, and modules that hold {signs}, can only be kept:
-they are refused by name where an adapter changes them, and without `--keep-quantized`. A checkpoint that has nothing
-but `hf_quant_config.json` counts as modelopt's.
+Values of `quant_method` that are read, with the names of their formats: {methods}.
+
+Every other method can only be kept: it is refused by name where an adapter changes a weight of it, and without
+`--keep-quantized`. So are modules that hold {signs}. A checkpoint that has nothing but `hf_quant_config.json` counts as
+modelopt's.
 
 With `--keep-quantized` packed tensors that nothing changes are copied byte for byte with all that lies beside them.
 What is changed becomes dense, and with it what loaders fuse: q, k and v, gate and up (w1 and w3), all experts of a
-layer. The skip list of the configuration names what is no longer packed ({lists}); where there was none, the loader's
-own defaults are written down too. When nothing is left packed, the section goes.
+layer. The skip list of the configuration names what is no longer packed; where there was none, the loader's own
+defaults are written down too. When nothing is left packed, the section goes. The lists: {lists}.
 
 Scales of activations (`input_scale`, `output_scale`, ...) go with their packed weight; those of a quantized cache
 (`self_attn.k_scale`) are copied. A weight that is stored transposed is read one matrix at a time: the budget must hold
