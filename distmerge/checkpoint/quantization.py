@@ -17,6 +17,7 @@ FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 KINDS = {
     "bitsandbytes": ("nf4", "fp4", "int8"),
     "fp8": ("fp8", "fp4_e2m1"),
+    "mxfp8": ("fp8",),
     "fbgemm_fp8": ("fp8",),
     "compressed-tensors": ("fp8", "int8_scaled"),
     "mxfp4": ("mxfp4",),
@@ -24,6 +25,7 @@ KINDS = {
 SKIP_LISTS = {
     "bitsandbytes": ("llm_int8_skip_modules",),
     "fp8": ("modules_to_not_convert", "ignored_layers"),
+    "mxfp8": ("modules_to_not_convert", "ignored_layers"),
     "fbgemm_fp8": ("modules_to_not_convert",),
     "mxfp4": ("modules_to_not_convert",),
     "compressed-tensors": ("ignore",),
@@ -105,8 +107,8 @@ def _method(section: dict[str, Any]) -> Any:
 def _blocks(section: dict[str, Any], where: str) -> list[tuple[int, int]]:
     """The blocks that a section names: `weight_block_size`, and those of compressed-tensors' groups."""
     found = [section["weight_block_size"]] if section.get("weight_block_size") is not None else []
-    if _method(section) == "fp8" and "weight_block_size" not in section:
-        found.append([128, 128])  # what transformers takes it for
+    if _method(section) in ("fp8", "mxfp8") and "weight_block_size" not in section:
+        found.append([128, 128] if _method(section) == "fp8" else [1, 32])  # what transformers takes it for
     groups = section.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None

@@ -61,6 +61,16 @@ def test_blocks_are_those_that_the_configuration_names(
     check(tmp_path, tensors, section, {W: formats.dense_fp8(tensors, W, block)})
 
 
+@pytest.mark.parametrize(
+    ("block", "method", "scales"), [((128, 128), "fp8", "F32"), ((1, 32), "mxfp8", "U8")], ids=["fp8", "mxfp8"]
+)
+def test_blocks_are_the_methods_own_where_the_configuration_names_none(
+    block: tuple[int, int], method: str, scales: str, tmp_path: Path
+) -> None:
+    tensors = formats.fp8(W, noise(150, 203), block, scales=scales)
+    check(tmp_path, tensors, {"quant_method": method}, {W: formats.dense_fp8(tensors, W, block)})
+
+
 @pytest.mark.parametrize("stored", [(), (1,), (1, 1)], ids=str)
 @pytest.mark.parametrize(
     ("tail", "section"),
