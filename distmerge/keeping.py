@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from distmerge.adapter.naming.conversion import ModelNames, read_names
@@ -48,13 +48,15 @@ def keep_packed(outputs: Outputs) -> Outputs:
         for part in _parts(output) if name in kept else (output,):
             found[part.name] = part
     plain = [name for name in tensors if name not in packed]
+    added = _linears(tensors, (name for name in plain if name not in base.tensors))
+    modules = _modules_of(base)
     return replace(
         outputs,
         tensors=found,
         edits=replace(
             outputs.edits,
-            skipped=tuple(_modules(base, [*dense, *_linears(tensors, (n for n in plain if n not in base.tensors))])),
-            skipped_by_default=tuple(_defaults(base, tensors, plain)),
+            skipped=modules([*dense, *added]),
+            skipped_by_default=modules(_defaults(base, tensors, plain)),
         ),
         notes=(f"{len(kept)} packed tensors stay packed, {len(dense)} are changed, or fused with what is",),
     )
@@ -87,24 +89,28 @@ def _linears(tensors: dict[str, Output], names: Iterable[str]) -> list[str]:
     return [name for name in names if name.endswith(".weight") and len(tensors[name].source.shape) == 2]
 
 
-def _modules(base: Base, names: list[str]) -> list[str]:
-    """The modules that the weights `names` belong to, as the files and as the class of the model call them; experts by
+def _modules_of(base: Base) -> Callable[[list[str]], tuple[str, ...]]:
+    """What gives the modules that weights belong to, as the files and as the class of the model call them; experts by
     the module that holds all of them, since loaders ask for that one."""
     model = read_names(base.folder, {name: stored.shape for name, stored in base.tensors.items()}, config=base.config)
-    found = []
     whole = base.quantization is not None and base.quantization.method == "compressed-tensors"
-    for name in names:
-        slot = model.find(name) if isinstance(model, ModelNames) else None
-        for one in (name, *([slot.name] if slot else [])):
-            group = _fused(one)
-            found += [group] if group.endswith(".experts") else []
-            found += [one.removesuffix(".weight")] if whole or not group.endswith(".experts") else []
-    return list(dict.fromkeys(found))
+
+    def modules(names: list[str]) -> tuple[str, ...]:
+        found = []
+        for name in names:
+            slot = model.find(name) if isinstance(model, ModelNames) else None
+            for one in (name, *([slot.name] if slot else [])):
+                group = _fused(one)
+                found += [group] if group.endswith(".experts") else []
+                found += [one.removesuffix(".weight")] if whole or not group.endswith(".experts") else []
+        return tuple(dict.fromkeys(found))
+
+    return modules
 
 
 def _defaults(base: Base, tensors: dict[str, Output], plain: list[str]) -> list[str]:
-    """The modules that loaders do not pack unless a list says otherwise: head, and all linears that are plain."""
+    """The weights that loaders do not pack unless a list says otherwise: the head, and all linears that are plain."""
     pair = find_pair(base)
     embedding, head = pair or ("", "")
     heads = [head] if head and not (head in base.tensors and base.tensors[head].packing) else []
-    return _modules(base, [*heads, *(name for name in _linears(tensors, plain) if name != embedding)])
+    return [*heads, *(name for name in _linears(tensors, plain) if name != embedding)]
