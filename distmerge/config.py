@@ -15,7 +15,9 @@ DTYPES = {"auto": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DEFAULT_SHARD_NBYTES = 5_000_000_000
 EXPERT_B_ORDERS = ("auto", "peft", "expert-major")
 COMBINE = ("sum", "ties", "dare_ties", "dare_linear", "magnitude_prune")
-LISTS = ("adapter", "weight", "initial_adapter", "map")  # options that may be given several times
+SIMULATE_QUANT = ("none", "nf4", "fp4")
+QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+LISTS = ("adapter", "weight", "initial_adapter", "map", "quant_skip")  # options that may be given several times
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -64,6 +66,17 @@ class MergeConfig:
     """Share of each delta's elements that is kept, for every way but the sum."""
     seed: int = 0
     """What chance goes by in `dare_ties` and `dare_linear`."""
+    simulate_quant: str = "none"
+    """What a 16-bit base is rounded through first, `nf4` or `fp4`: the form that a QLoRA was trained on."""
+    quant_blocksize: int = 64
+    """Elements of a 4-bit block that share a scale."""
+    quant_double: bool = True
+    """Whether the scales themselves are in 8 bits (double quantization)."""
+    quant_compute_dtype: str = "auto"
+    """What training rounded the unpacked weights to: `auto` is each tensor's own dtype."""
+    quant_skip: tuple[str, ...] = ()
+    """Modules that are not packed, by name, end of a name or pattern; they replace the default: the head and what is
+    tied."""
     lora_alpha: float | None = None
     """Replaces `lora_alpha` of every adapter's configuration."""
     use_rslora: bool | None = None
@@ -93,6 +106,7 @@ class MergeConfig:
         if self.expert_b_order not in EXPERT_B_ORDERS:
             raise UsageError(f"expert-b-order {self.expert_b_order!r} is none of {', '.join(EXPERT_B_ORDERS)}")
         self._check_combine()
+        self._check_quant()
         if self.nproc is not None and self.nproc < 1:
             raise UsageError(f"nproc {self.nproc} is not a positive number")
         if not 5 <= self.timeout < math.inf:
@@ -116,6 +130,20 @@ class MergeConfig:
             raise UsageError(f"seed {self.seed} is not a whole number from 0 on")
         if self.seed and not self.combine.startswith("dare"):
             raise UsageError(f"seed {self.seed} is given, but {self.combine!r} leaves nothing to chance")
+
+    def _check_quant(self) -> None:
+        if self.simulate_quant not in SIMULATE_QUANT:
+            raise UsageError(f"simulate-quant {self.simulate_quant!r} is none of {', '.join(SIMULATE_QUANT)}")
+        if self.quant_blocksize not in QUANT_BLOCKSIZES:
+            sizes = ", ".join(map(str, QUANT_BLOCKSIZES))
+            raise UsageError(f"quant-blocksize {self.quant_blocksize} is none of {sizes}")
+        if self.quant_compute_dtype not in DTYPES:
+            raise UsageError(f"quant-compute-dtype {self.quant_compute_dtype!r} is none of {', '.join(DTYPES)}")
+        for pattern in self.quant_skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"quant-skip {printable(pattern)!r} is no pattern: {error}") from None
 
     @property
     def initials(self) -> tuple[bool, ...]:
@@ -146,6 +174,11 @@ class MergeConfig:
         argv += ["--combine", self.combine, "--seed", str(self.seed)]
         if self.density is not None:
             argv += ["--density", repr(self.density)]
+        argv += ["--simulate-quant", self.simulate_quant, "--quant-blocksize", str(self.quant_blocksize)]
+        argv += ["--quant-double" if self.quant_double else "--no-quant-double"]
+        argv += ["--quant-compute-dtype", self.quant_compute_dtype]
+        for pattern in self.quant_skip:
+            argv += ["--quant-skip", pattern]
         if self.lora_alpha is not None:
             argv += ["--lora-alpha", repr(self.lora_alpha)]
         if self.use_rslora is not None:

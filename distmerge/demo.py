@@ -15,7 +15,8 @@ from torch import Tensor
 from distmerge.checkpoint.base import INDEX, RECEIPT
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.errors import InputError
-from distmerge.numerics.nf4 import NF4, pack
+from distmerge.numerics.nf4 import NF4
+from distmerge.numerics.packing4 import NESTED_BLOCKSIZE, dynamic_map, nest, pack
 
 if TYPE_CHECKING:
     from distmerge.audit import Audit
@@ -112,22 +113,23 @@ def make_adapter(folder: Path) -> None:
 
 
 def _packed(name: str, weight: Tensor) -> dict[str, Tensor]:
-    packing = pack(weight.bfloat16(), NF4, blocksize=64)
+    data, absmax = pack(weight.bfloat16().view(-1), NF4, blocksize=64)
+    nested = nest(absmax)
     state = {
         "quant_type": "nf4",
         "blocksize": 64,
         "dtype": "bfloat16",
         "shape": list(weight.shape),
-        "nested_blocksize": 256,
+        "nested_blocksize": NESTED_BLOCKSIZE,
         "nested_dtype": "float32",
-        "nested_offset": packing.nested_offset,
+        "nested_offset": nested.offset,
     }
     return {
-        name: packing.codes,
-        f"{name}.absmax": packing.absmax,
+        name: data[:, None].clone(),
+        f"{name}.absmax": nested.codes,
         f"{name}.quant_map": NF4.clone(),
-        f"{name}.nested_absmax": packing.nested_absmax,
-        f"{name}.nested_quant_map": packing.nested_quant_map,
+        f"{name}.nested_absmax": nested.absmax,
+        f"{name}.nested_quant_map": dynamic_map(),
         f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
-from distmerge.checkpoint.packing import Foreign, FourBit, Packing, Scaled, Stored
+from distmerge.checkpoint.packing import Foreign, FourBit, Packing, Scaled, Simulated, Stored
 from distmerge.numerics import nf4, scaled
 from distmerge.numerics.dtypes import torch_dtype
+from distmerge.numerics.packing4 import Nested
 from distmerge.plan import Plan
+from distmerge.rounding import Rounding
 
 
 class Read(Protocol):
@@ -33,6 +35,8 @@ class Buffers:
         self.view = view_of(self.host)
         self.work = torch.empty(plan.block_numel + 2, dtype=torch.float32, device=device)
         self.dense = torch.empty(4 * packed, dtype=torch.uint8, device=device)
+        self.lost_squared = 0.0
+        """Of what was read last, the sum of (plain - simulated)^2; 0 where nothing is simulated."""
         self.index = torch.empty(packed and packed // 2 + 1, dtype=torch.int32, device=device)
 
     def upload(self, nbytes: int) -> Tensor:
@@ -45,20 +49,57 @@ class Buffers:
 class Dense:
     """Dequantizes what `read` gives, on `device`; several threads may use it, each with buffers of its own."""
 
-    def __init__(self, read: Read, device: torch.device) -> None:
+    def __init__(self, read: Read, device: torch.device, *, kept_nbytes: int = 0) -> None:
         self._read, self._device = read, device
         self._tables: dict[bytes, Tensor] = {}
+        self._rounding = Rounding(device, kept_nbytes)
+        settle(device)
 
     def read(self, buffers: Buffers, stored: Stored, first: int, last: int, *, origin: int = 0) -> Tensor:
         """Elements [first, last) of `stored` in its dense dtype, on the device."""
+        buffers.lost_squared = 0.0
         if stored.packing is None:
-            size = ITEMSIZE[stored.data.dtype]
-            self._read(stored.data, first * size, buffers.view[: (last - first) * size], origin=origin)
-            return buffers.upload((last - first) * size).view(torch_dtype(stored.data.dtype))
+            return self._plain(buffers, stored, first, last, origin)
+        if isinstance(stored.packing, Simulated):
+            return self._simulated(buffers, stored, stored.packing, first, last)
         return self._packed(buffers, stored.data, stored.packing, first, last)
 
+    def knows(self, name: str) -> bool:
+        """True if what `learn` was told of the simulated tensor `name` is still kept."""
+        return self._rounding.kept(name) is not None
+
+    def measure(self, buffers: Buffers, stored: Stored, packing: Simulated, first: int, last: int) -> Tensor:
+        """The scales, float32 on the device, of the blocks that are elements [first, last) of a simulated tensor."""
+        return self._rounding.scales(stored.name, packing, self._plain(buffers, stored, first, last, 0))
+
+    def learn(self, name: str, packing: Simulated, scales: Sequence[Tensor]) -> Nested:
+        """Keeps what is made of the scales of the simulated tensor `name`: those of all its spans, in order."""
+        settle(self._device)
+        nested = self._rounding.learn(name, packing, torch.cat(tuple(scales)))
+        settle(self._device)
+        return nested
+
+    def _simulated(self, buffers: Buffers, stored: Stored, packing: Simulated, first: int, last: int) -> Tensor:
+        nested = self._rounding.kept(stored.name) if packing.double else None
+        if packing.double and nested is None:
+            scales = [self.measure(buffers, stored, packing, *span) for span in packing.spans()]
+            nested = self.learn(stored.name, packing, scales)
+        begin, end = packing.around(first, last)
+        plain = self._plain(buffers, stored, begin, end, 0)
+        inside = slice(first - begin, last - begin)
+        rounded = self._rounding.round(stored.name, packing, plain, begin=begin, nested=nested)[inside]
+        lost = plain[inside].float() - rounded
+        buffers.lost_squared = float(torch.dot(lost, lost))
+        return rounded
+
+    def _plain(self, buffers: Buffers, stored: Stored, first: int, last: int, origin: int) -> Tensor:
+        """Elements [first, last) as they are stored."""
+        size = ITEMSIZE[stored.data.dtype]
+        self._read(stored.data, first * size, buffers.view[: (last - first) * size], origin=origin)
+        return buffers.upload((last - first) * size).view(torch_dtype(stored.data.dtype))
+
     def _packed(self, buffers: Buffers, data: TensorSpec, packing: Packing, first: int, last: int) -> Tensor:
-        if isinstance(packing, Foreign) or first % packing.block_numel or last % packing.block_numel:
+        if isinstance(packing, Foreign | Simulated) or first % packing.block_numel or last % packing.block_numel:
             raise ValueError(f"{data.name} is not read in elements [{first}, {last})")
         values = self._codes(buffers, data, packing, first, last)
         if isinstance(packing, FourBit):

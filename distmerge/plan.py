@@ -16,13 +16,14 @@ from distmerge.adapter.initial import check_initial
 from distmerge.adapter.naming.conversion import read_names
 from distmerge.adapter.naming.names import Names
 from distmerge.adapter.peft_adapter import Adapter, AdapterOptions, read_adapter
-from distmerge.adapter.resolve import untouched_targets
 from distmerge.adapter.screen import Screened, screen
 from distmerge.checkpoint.base import INDEX, RECEIPT, Base, FileMark, folder_name, read_base
 from distmerge.checkpoint.header import FLOATS, ITEMSIZE, build_header
+from distmerge.checkpoint.packing import Simulated
 from distmerge.checkpoint.quantization import FILES
 from distmerge.checkpoint.sidefiles import NewHead, SideFile, find_side_files, output_config
 from distmerge.config import DEFAULT_SHARD_NBYTES, DTYPES, AdapterChoice, MergeConfig
+from distmerge.doubts import doubts
 from distmerge.errors import InputError, listing, printable
 from distmerge.keeping import keep_packed, refuse_foreign
 from distmerge.layout import (
@@ -38,6 +39,7 @@ from distmerge.layout import (
 )
 from distmerge.numerics.methods import SUM, Combine
 from distmerge.outputs import Output, Outputs, collect
+from distmerge.simulate import simulate
 from distmerge.storage.files import lookup_errors
 from distmerge.storage.records import encode
 
@@ -130,7 +132,21 @@ class Plan:
         changes = [change for task in self.tasks for change in task.changes]
         sparse = [view.spec.nbytes for change in changes for view in change.tensors.values() if view.is_sparse]
         loading = max((sum(change.loading_nbytes for change in task.changes) for task in self.tasks), default=0)
+        loading += self.simulated_nbytes + self._learning_nbytes
         return loading + self.held_nbytes + KEPT_STACKS * max(sparse, default=0)
+
+    @cached_property
+    def simulated_nbytes(self) -> int:
+        """Bytes of the scales that are kept of the tensors of one segment, where they are read through 4 bits."""
+        packings = [task.source.packing for task in self.tasks]
+        kept = [one.kept_nbytes if isinstance(one, Simulated) else 0 for one in packings]
+        return max((sum(kept[task] for task in {piece.task for piece in s.pieces}) for s in self.segments), default=0)
+
+    @property
+    def _learning_nbytes(self) -> int:
+        """Bytes that finding the scales of one of them takes."""
+        packings = (task.source.packing for task in self.tasks)
+        return max((one.learning_nbytes for one in packings if isinstance(one, Simulated)), default=0)
 
     @cached_property
     def block_numel(self) -> int:
@@ -188,7 +204,7 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
         name = printable(path.stem) if path.is_file() else folder_name(adapter.folder)
         planned.append(replace(one, name=name, initial=config.initials[number]))
         notes += [f"{adapter.folder.name}: {text}" for text in (*adapter.notes, *found.notes)]
-        warnings += [*found.warnings, *_doubts(adapter, outputs.names[number])]
+        warnings += [*found.warnings, *doubts(adapter, outputs.names[number], config)]
     config_json = _output_config(base, outputs, tasks, config)
     if outputs.edits.head is not None and config_json is not None:
         _check_head(outputs.edits.head, base, tasks, json.loads(config_json))
@@ -229,6 +245,7 @@ def _collect(base: Base, adapters: list[tuple[Adapter, float]], config: MergeCon
     outputs = collect(base, adapters)
     if config.keep_quantized:
         outputs = keep_packed(outputs)
+    outputs = simulate(outputs, base, config)
     refuse_foreign((name, output.source) for name, output in outputs.tensors.items())
     return outputs
 
@@ -352,23 +369,6 @@ def _want(output: Output, own: str, dtype: str | None) -> Wanted:
     )
 
 
-def _doubts(adapter: Adapter, names: Names) -> list[str]:
-    """What does not stop a merge but is worth a look before it."""
-    base = names.base
-    name, told = adapter.folder.name, adapter.config.base_model
-    doubts = []
-    own = str(base.config.get("_name_or_path") or "") or folder_name(base.folder)
-    if told and told.rstrip("/").split("/")[-1].lower() not in (own.rstrip("/").split("/")[-1].lower(), ""):
-        doubts.append(f"{name}: trained on {told!r}, merged into {own!r}")
-    if not {"nf4", "fp4"} & set(base.kinds) and any(mark in told.lower() for mark in ("4bit", "nf4", "int4")):
-        into = f"{' and '.join(base.kinds)}" if base.packed else "16-bit"
-        doubts.append(f"{name}: trained on a 4-bit base ({told!r}), merged into {into} weights that it has never seen")
-    # Where names were translated, those that the configuration means are not the base's.
-    if not names.how and (missing := untouched_targets(adapter, base)):
-        doubts.append(f"{name}: {len(missing)} targeted modules have no weights in the adapter: {listing(missing, 3)}")
-    return doubts
-
-
 def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter], device: str) -> dict[str, str]:
     """What must be equal for a run to continue another: everything that can change a byte of the output."""
     import torch  # only its version is needed
@@ -377,6 +377,9 @@ def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter]
     marks |= {"--dtype": config.dtype, "--max-shard-size": config.max_shard_size, "--lora-alpha": config.lora_alpha}
     marks |= {"--use-rslora": config.use_rslora, "--map": list(config.map), "--expert-b-order": config.expert_b_order}
     marks |= {"--keep-quantized": config.keep_quantized}
+    marks |= {"--simulate-quant": config.simulate_quant, "--quant-blocksize": config.quant_blocksize}
+    marks |= {"--quant-double": config.quant_double, "--quant-compute-dtype": config.quant_compute_dtype}
+    marks |= {"--quant-skip": list(config.quant_skip)}
     marks |= {"--combine": config.combine, "--density": config.density, "--seed": config.seed}
     for file in base.files:
         marks[f"base {file.name}"] = f"{file.nbytes} bytes, mtime {file.mtime_ns}, header {file.header_sha256}"

@@ -37,7 +37,7 @@ class Reader:
         self._plan, self._folders, self._device = plan, (base, *adapters), device
         self._marks = {mark.name: mark for mark in plan.base_files}
         self._fds: dict[Path, int] = {}
-        self._dense = Dense(self.read, device)
+        self.dense = Dense(self.read, device, kept_nbytes=plan.simulated_nbytes)
         # A stack of experts is read once, not once for each of them.
         self._kept: dict[tuple[int, str, str], Tensor] = {}
         self._lock = threading.Lock()
@@ -65,7 +65,7 @@ class Reader:
 
     def read_dense(self, buffers: Buffers, stored: Stored, first: int, last: int, *, origin: int = 0) -> Tensor:
         """Elements [first, last) of `stored` in its dense dtype, on the device."""
-        return self._dense.read(buffers, stored, first, last, origin=origin)
+        return self.dense.read(buffers, stored, first, last, origin=origin)
 
     def _settle(self) -> None:
         """Waits for the accelerator: what one stream made, the lanes' other streams are about to use."""

@@ -59,6 +59,11 @@ class Options:
     combine: Literal["sum", "ties", "dare_ties", "dare_linear", "magnitude_prune"]
     density: float | None
     seed: int
+    simulate_quant: Literal["none", "nf4", "fp4"]
+    quant_blocksize: int
+    quant_double: bool
+    quant_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    quant_skip: tuple[str, ...]
     lora_alpha: float | None
     use_rslora: bool | None
     map: tuple[str, ...]
@@ -180,6 +185,11 @@ def build_receipt(
                 "combine": config.combine,
                 "density": config.density,
                 "seed": config.seed,
+                "simulate_quant": config.simulate_quant,
+                "quant_blocksize": config.quant_blocksize,
+                "quant_double": config.quant_double,
+                "quant_compute_dtype": config.quant_compute_dtype,
+                "quant_skip": list(config.quant_skip),
                 "lora_alpha": config.lora_alpha,
                 "use_rslora": config.use_rslora,
                 "map": list(config.map),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distmerge.checkpoint.header import ITEMSIZE
+from distmerge.checkpoint.packing import Simulated
 from distmerge.errors import VerifyError
 from distmerge.lanes import Lane, Lanes, memory_errors
 from distmerge.layout import Piece, Segment, Task
@@ -121,6 +122,8 @@ class Stream:
         """
         segment = self._plan.segments[number]
         self._close_others(segment.file)
+        for piece in segment.pieces:
+            self._learn_scales(self._plan.tasks[piece.task], tick)
         if self._plan.combine.prunes:
             for piece in segment.pieces:
                 self._find_thresholds(piece.task, tick)
@@ -162,6 +165,21 @@ class Stream:
         if self._plan.combine.is_sum:
             return self._reader.load_changes(task)
         return replace(self._reader.load_combination(task), thresholds=self._thresholds.get(number, ()))
+
+    def _learn_scales(self, task: Task, tick: Callable[[], None]) -> None:
+        """Goes through the source of `task`, whole, if its elements depend on all of it in 4 bits; once."""
+        source, dense = task.source, self._reader.dense
+        packing = source.packing
+        if not isinstance(packing, Simulated) or not packing.double or dense.knows(source.name):
+            return
+
+        def measure(lane: Lane, span: tuple[int, int]) -> tuple[int, Tensor]:
+            with lane.work_order():
+                return span[0], dense.measure(lane.buffers, source, packing, *span)
+
+        found = sorted(self._lanes.each(packing.spans(), measure, tick), key=lambda each: each[0])
+        with memory_errors():
+            dense.learn(source.name, packing, [scales for _, scales in found])
 
     def _find_thresholds(self, number: int, tick: Callable[[], None]) -> None:
         """Goes through the deltas of task `number`, whole, for the smallest magnitude of each that is kept; once."""

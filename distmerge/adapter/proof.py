@@ -23,7 +23,8 @@ from distmerge.checkpoint.header import FLOATS, ITEMSIZE, TensorSpec
 from distmerge.checkpoint.packing import Stored
 from distmerge.errors import InputError, listing, printable
 from distmerge.numerics.dtypes import torch_dtype
-from distmerge.numerics.nf4 import FP4, NF4, codes_of
+from distmerge.numerics.nf4 import TABLES
+from distmerge.numerics.packing4 import pack
 from distmerge.storage.files import open_input, read_exact
 
 # Of each linear layer as many elements are compared; of everything else all.
@@ -149,7 +150,7 @@ def _mirrors(adapter: Adapter, spec: TensorSpec, folder: Path, stored: Stored, k
     if stored.packing is not None:
         own = _read_flat(folder, stored.data, 0, numel // 2, dtype="U8")
     else:
-        own = codes_of(_read_flat(folder, stored.data, 0, numel), NF4 if name == "nf4" else FP4, blocksize=blocksize)
+        own, _ = pack(_read_flat(folder, stored.data, 0, numel), TABLES[name], blocksize=blocksize)
     return len(packed) == len(own) and torch.equal(packed[known], own[known])
 
 

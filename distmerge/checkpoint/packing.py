@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distmerge.checkpoint.header import TensorSpec
+from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
+
+_SPAN_NUMEL = 1 << 19
 
 # Temporaries of looking for values that are not finite, for each element of a block; in a block of the ordinary size
 # they are not worth counting.
@@ -140,7 +143,69 @@ class Foreign:
         raise ValueError(f"{self.kind} is not read")
 
 
-Packing = FourBit | Scaled | Foreign
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """Plain floats that are read as what bitsandbytes makes of them in 4 bits of `kind`: packed in blocks of
+    `blocksize` elements, with `double` quantization or not, unpacked to their own `dtype`, rounded to `compute_dtype`.
+
+    `transposed` says that the transpose is packed (transformers' Conv1D). The checkpoint holds nothing of it.
+    """
+
+    kind: str
+    blocksize: int
+    double: bool
+    compute_dtype: str
+    transposed: bool
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.numel // self.blocksize)
+
+    @property
+    def companions(self) -> tuple[TensorSpec, ...]:
+        return ()
+
+    @property
+    def block_numel(self) -> int:
+        """Elements that have to be read at once: a whole matrix where the transpose is packed."""
+        return self.numel if self.transposed else 1
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Elements [first, last), whole blocks, by which the scales of the tensor are found."""
+        step = max(self.numel, 1) if self.transposed else _SPAN_NUMEL
+        return ((first, min(first + step, self.numel)) for first in range(0, self.numel, step))
+
+    def around(self, first: int, last: int) -> tuple[int, int]:
+        """The elements of all blocks that elements [first, last) lie in: what has to be read for them."""
+        size = self.blocksize
+        return first - first % size, min(-(-last // size) * size, self.numel)
+
+    def data_nbytes(self, numel: int) -> int:
+        """Bytes that are read for `numel` elements in a row, at most."""
+        return (numel + 2 * self.blocksize) * ITEMSIZE[self.dtype]
+
+    def scratch_nbytes(self, numel: int) -> int:
+        """Bytes that packing and unpacking `numel` elements takes beside the lane's buffers."""
+        return 20 * (numel + 2 * self.blocksize)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes that are kept of the whole tensor: with double quantization its scales in 8 bits."""
+        return self.num_blocks * 33 // 32 + 4096 if self.double else 0
+
+    @property
+    def learning_nbytes(self) -> int:
+        """Bytes that finding these takes at most."""
+        return 10 * self.num_blocks + (4 << 20) if self.double else 0
+
+
+Packing = FourBit | Scaled | Foreign | Simulated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from distmerge.config import (
     DTYPES,
     EXPERT_B_ORDERS,
     LISTS,
+    SIMULATE_QUANT,
     AdapterChoice,
     MergeConfig,
     parse_nbytes,
@@ -89,7 +90,7 @@ def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
 def merge_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that `merge` and `plan` share: everything that decides the output."""
-    for option in reversed([*_input_options(), *_run_options()]):
+    for option in reversed([*_input_options(), *_quant_options(), *_run_options()]):
         command = option(command)
     return command
 
@@ -125,6 +126,44 @@ def _input_options() -> list[Callable[[Any], Any]]:
             help="Columns of experts' lora_B: PEFT's order, or expert by expert (Unsloth's kernels).",
         ),
         _option("--allow-pickle", is_flag=True, help="Read adapters in .bin or .pt files, in a process of their own."),
+    ]
+
+
+def _quant_options() -> list[Callable[[Any], Any]]:
+    return [
+        _option(
+            "--simulate-quant",
+            type=click.Choice(SIMULATE_QUANT),
+            default="none",
+            show_default=True,
+            help="Round a 16-bit base through 4 bits first, as bitsandbytes packs it: what a QLoRA was trained on.",
+        ),
+        _option(
+            "--quant-blocksize",
+            type=int,
+            default=64,
+            show_default=True,
+            help="Elements of a 4-bit block that share a scale.",
+        ),
+        _option(
+            "--quant-double/--no-quant-double",
+            default=True,
+            show_default=True,
+            help="Scales in 8 bits themselves (double quantization).",
+        ),
+        _option(
+            "--quant-compute-dtype",
+            type=click.Choice(list(DTYPES)),
+            default="auto",
+            show_default=True,
+            help="What training rounded unpacked weights to; auto is each tensor's own.",
+        ),
+        _option(
+            "--quant-skip",
+            multiple=True,
+            help="Module that stays as it is, by name, end of a name or pattern; repeatable.  [default: the head, and "
+            "what is tied]",
+        ),
     ]
 
 

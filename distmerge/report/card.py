@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from distmerge import __version__
+from distmerge.checkpoint.packing import Simulated
 from distmerge.checkpoint.quantization import sections
 from distmerge.plan import Plan
 
@@ -73,7 +74,14 @@ def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, A
 
 def _packing(plan: Plan, config: dict[str, Any]) -> str:
     """What was packed, and what still is."""
-    kinds = sorted({task.source.packing.kind for task in plan.tasks if task.source.packing})
+    packings = [task.source.packing for task in plan.tasks if task.source.packing]
+    if rounded := {packing.kind for packing in packings if isinstance(packing, Simulated)}:
+        through = _join([kind.upper() for kind in rounded])
+        return (
+            f"The linear weights of the base were rounded through {through} first, as they are in 4-bit training; the "
+            "deltas were added to the rounded values. "
+        )
+    kinds = sorted({packing.kind for packing in packings})
     seen = ", those that training saw" if {*kinds} <= {"nf4", "fp4"} else ""
     text = f"The base was packed in {_join(kinds)}; the deltas were added to its dequantized values{seen}. "
     return text * bool(kinds) + "What no adapter changes is still packed. " * bool(sections(config))

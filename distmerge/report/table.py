@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from distmerge.checkpoint.packing import Simulated
 from distmerge.config import MergeConfig
 from distmerge.plan import Plan, count_lanes
 from distmerge.progress import gigabytes
@@ -21,6 +22,8 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         kind["tensors"] += 1
         kind["bytes_read"] += task.source.nbytes_read
         kind["bytes_written"] += task.nbytes
+    packings = [task.source.packing for task in plan.tasks]
+    formats = Counter(packing.kind for packing in packings if packing and not isinstance(packing, Simulated))
     lanes = count_lanes(plan, config.memory_budget, wanted=wanted_lanes)
     buffers = lanes * (plan.lane_nbytes + plan.held_nbytes) + plan.loading_nbytes
     device = plan.fingerprint["device"]
@@ -35,8 +38,9 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         "device_memory_per_rank": 0 if device == "cpu" else buffers,
         "combine": str(plan.combine),
         "kinds": kinds,
-        "packed_tensors": sum(task.source.packing is not None for task in plan.tasks),
-        "packed_formats": dict(Counter(task.source.packing.kind for task in plan.tasks if task.source.packing)),
+        "packed_tensors": sum(formats.values()),
+        "packed_formats": dict(formats),
+        "simulated": _simulated(plan),
         "adapters": [asdict(adapter) for adapter in plan.adapters],
         "files": [{"name": file.name, "bytes": file.nbytes} for file in plan.files],
         "segments": len(plan.segments),
@@ -48,6 +52,15 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
     }
+
+
+def _simulated(plan: Plan) -> dict[str, Any] | None:
+    """What a plain base is rounded through, and how many of its tensors; None where none is."""
+    found = [task.source.packing for task in plan.tasks if isinstance(task.source.packing, Simulated)]
+    if not found:
+        return None
+    one = found[0]
+    return {"kind": one.kind, "blocksize": one.blocksize, "double": one.double, "tensors": len(found)}
 
 
 def plan_table(facts: dict[str, Any]) -> str:
@@ -64,6 +77,10 @@ def plan_table(facts: dict[str, Any]) -> str:
     if facts["packed_tensors"]:
         kinds = " and ".join(sorted(facts["packed_formats"]))
         rows.append(("packed", f"{facts['packed_tensors']} tensors are dequantized from {kinds}"))
+    if simulated := facts["simulated"]:
+        double = "with" if simulated["double"] else "without"
+        form = f"{simulated['kind'].upper()} in blocks of {simulated['blocksize']}, {double} double quantization"
+        rows.append(("rounded", f"{simulated['tensors']} tensors go through {form} first"))
     rows.append(("output", f"{facts['output']}  {_shards(facts['files'])}, {len(facts['side_files'])} side files"))
     if facts["overlaid_files"]:
         rows.append(("overlaid", f"from the adapter: {', '.join(facts['overlaid_files'])}"))

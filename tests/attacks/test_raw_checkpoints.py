@@ -124,10 +124,11 @@ def test_a_tensor_that_is_neither_of_the_base_nor_of_the_adapter_is_refused_by_n
 
 
 def test_what_lies_beside_packed_bytes_is_no_parameter(raw: Scene) -> None:
-    from distmerge.numerics.nf4 import NF4, codes_of
+    from distmerge.numerics.nf4 import NF4
+    from distmerge.numerics.packing4 import pack
 
     weight = load_folder(raw.base)[HEAD]
-    packed = codes_of(weight.view(-1), NF4, blocksize=64)[:, None]
+    packed = pack(weight.view(-1), NF4, blocksize=64)[0][:, None]
     companions = {f"{FRONT}{HEAD}.{tail}": torch.ones(4) for tail in ("absmax", "quant_map")}
     raw.spoil_factors(lambda tensors: {**tensors, **companions, f"{FRONT}{HEAD}": packed})
     raw.merge()

@@ -24,7 +24,7 @@ LAYERS = [
     ["storage", "config", "progress", "parent"],
     ["numerics", "checkpoint", "world"],
     ["adapter"],
-    ["layout", "outputs", "keeping", "plan", "dense", "reader", "lanes", "stream"],
+    ["layout", "outputs", "keeping", "plan", "dense", "reader", "lanes", "stream", "simulate", "rounding", "doubts"],
     ["claim", "work", "verify", "receipt", "report", "publish", "share"],
     ["merge", "audit", "inspection", "demo"],
     ["run"],
@@ -40,7 +40,7 @@ DOORS = {
     "rich": {"distmerge.progress"},
     "huggingface_hub": {"distmerge.report.card"},
     "bitsandbytes": set(),
-    "transformers": {"distmerge.adapter.naming.conversion"},
+    "transformers": {"distmerge.adapter.naming.conversion", "distmerge.adapter.naming.linears"},
     "peft": set(),
     "pickle": set(),
 }

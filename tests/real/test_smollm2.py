@@ -105,3 +105,20 @@ def test_a_merge_into_the_original_weights_differs_and_loads(
     original = smollm2.perplexity(smollm2.model_of(folders.dense, load_folder(folders.dense)), NUM_TEXTS)
     print(f"16-bit base {original:.3f}, merged {merged:.4f}")
     assert merged < 0.9 * original
+
+
+def test_the_original_weights_read_through_nf4_give_what_the_packed_checkpoint_gives(
+    folders: Folders, distmerge: Command, torchrun: Command, tmp_path: Path
+) -> None:
+    adapter = ("--adapter", smollm2.ADAPTER)
+    distmerge("merge", "--base", folders.packed, *adapter, "--output", tmp_path / "packed")
+    expected = load_folder(tmp_path / "packed")
+    simulated = ("merge", "--base", folders.dense, *adapter, "--simulate-quant", "nf4", "--output")
+    distmerge(*simulated, tmp_path / "one", "--nproc", "1", "--memory-budget", "96MiB")
+    torchrun(*simulated, tmp_path / "three", nproc=3)
+    assert digests(tmp_path / "one") == digests(tmp_path / "three")
+    found = load_folder(tmp_path / "one")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name

@@ -1,4 +1,4 @@
-"""What transformers knows about a base: its parameters, and where each lies in the checkpoint. The only door to it."""
+"""What transformers knows about a base: its parameters, and where each lies in the checkpoint."""
 
 from __future__ import annotations
 
@@ -58,6 +58,15 @@ class ModelNames:
         """The tensors of the checkpoint whose boxes make up `parameter`; () if it lacks one of them, or if a tensor
         is not a box of the parameter."""
         return self._tables.slots(parameter)
+
+    def tensors(self, parameter: str) -> tuple[str, ...]:
+        """The tensors of the checkpoint that are loaded into `parameter`, whatever they hold of it."""
+        return self._tables.tensors(parameter)
+
+    @property
+    def model(self) -> Any:
+        """The class's instance without data, a transformers.PreTrainedModel."""
+        return self._tables.model
 
     def find(self, path: str) -> Slot | None:
         """The box of a parameter that `path` names, in any generation: of modules, of checkpoints old and new, with
@@ -204,7 +213,7 @@ class _Tables:
         from transformers.core_model_loading import WeightConverter, dot_natural_key
 
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        self._model, self._disk = model, disk
+        self.model, self._disk = model, disk
         self._prefix = f"{model.base_model_prefix}."
         transforms = get_model_conversion_mapping(model)
         self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -228,6 +237,9 @@ class _Tables:
             return ()
         return tuple(slots)
 
+    def tensors(self, parameter: str) -> tuple[str, ...]:
+        return tuple(self._tensors.get(parameter, []))
+
     def find(self, path: str) -> Slot | None:
         place = _Place(parameter=path) if path in self.shapes else self._places.get(path)
         # What a name means to renamings that begin with another tensor, one path alone does not tell.
@@ -237,7 +249,7 @@ class _Tables:
 
     def is_transposed(self, module: str) -> bool:
         try:
-            return getattr(self._model.get_submodule(module), "is_transposed", False) is True
+            return getattr(self.model.get_submodule(module), "is_transposed", False) is True
         except AttributeError:
             return False
 
@@ -273,7 +285,7 @@ class _Tables:
             return Slot.whole(place.parameter, self.shapes[place.parameter])
         key = (place.parameter, id(place.converter))
         if key not in self._boxes:
-            self._boxes[key] = _boxes(self._model, place.converter, place.parameter, self.shapes[place.parameter])
+            self._boxes[key] = _boxes(self.model, place.converter, place.parameter, self.shapes[place.parameter])
         return self._boxes[key].get(place.piece)
 
     def _slot(self, name: str, place: _Place) -> Slot | None:

@@ -1,0 +1,41 @@
+"""What does not stop a merge but is worth a look before it: is this the base that the adapter was trained on?"""
+
+from __future__ import annotations
+
+from distmerge.adapter.naming.names import Names
+from distmerge.adapter.peft_adapter import Adapter
+from distmerge.adapter.resolve import untouched_targets
+from distmerge.checkpoint.base import Base, folder_name
+from distmerge.config import MergeConfig
+from distmerge.errors import listing
+
+
+def doubts(adapter: Adapter, names: Names, config: MergeConfig) -> list[str]:
+    """What does not stop a merge but is worth a look before it."""
+    base = names.base
+    name, told = adapter.folder.name, adapter.config.base_model
+    found = []
+    own = str(base.config.get("_name_or_path") or "") or folder_name(base.folder)
+    if told and told.rstrip("/").split("/")[-1].lower() not in (own.rstrip("/").split("/")[-1].lower(), ""):
+        found.append(f"{name}: trained on {told!r}, merged into {own!r}")
+    if not {"nf4", "fp4"} & set(base.kinds) and config.simulate_quant == "none":
+        found += _never_seen(adapter, base)
+    # Where names were translated, those that the configuration means are not the base's.
+    if not names.how and (missing := untouched_targets(adapter, base)):
+        found.append(f"{name}: {len(missing)} targeted modules have no weights in the adapter: {listing(missing, 3)}")
+    return found
+
+
+def _never_seen(adapter: Adapter, base: Base) -> list[str]:
+    """A word of warning where the adapter says that it was trained on a 4-bit base, or holds copies of one."""
+    told = adapter.config.base_model
+    if adapter.mirrors:
+        said = "of which it holds copies"
+    elif any(mark in told.lower() for mark in ("4bit", "nf4", "int4")):
+        said = repr(told)
+    else:
+        return []
+    into = " and ".join(base.kinds) if base.packed else "16-bit"
+    hint = "" if base.packed else "; --simulate-quant nf4 merges into those that it has"
+    name = adapter.folder.name
+    return [f"{name}: trained on a 4-bit base ({said}), merged into {into} weights that it has never seen{hint}"]
