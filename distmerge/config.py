@@ -14,6 +14,8 @@ from distmerge.errors import UsageError, printable, shown
 DTYPES = {"auto": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DEFAULT_SHARD_NBYTES = 5_000_000_000
 EXPERT_B_ORDERS = ("auto", "peft", "expert-major")
+QUANTIZE = ("none", "nf4", "fp4")
+QUANTIZE_MODES = ("plain", "fitted")
 COMBINE = ("sum", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 SIMULATE_QUANT = ("none", "nf4", "fp4")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -54,6 +56,10 @@ class MergeConfig:
     """`auto`, `cpu`, or an accelerator type such as `cuda`."""
     dtype: str = "auto"
     """Floats of the output: `auto` keeps each tensor's own (packed ones: the recorded one, or that of config.json)."""
+    quantize: str = "none"
+    """Packs the output's linears in `nf4` or `fp4`, as bitsandbytes does; `none` leaves every tensor in floats."""
+    quantize_mode: str = "plain"
+    """`plain`: bitsandbytes' own packing of the merged weights; `fitted`: scales searched to make the error small."""
     keep_quantized: bool = False
     """Leave packed tensors that nothing changes packed, byte for byte, instead of dequantizing all of them."""
     max_shard_size: int | None = None
@@ -69,7 +75,8 @@ class MergeConfig:
     simulate_quant: str = "none"
     """What a 16-bit base is rounded through first, `nf4` or `fp4`: the form that a QLoRA was trained on."""
     quant_blocksize: int = 64
-    """Elements of a 4-bit block that share a scale."""
+    """Elements of a 4-bit block that share a scale; this and the other `quant_*` hold for `simulate_quant` and for
+    `quantize`, so that both have the same."""
     quant_double: bool = True
     """Whether the scales themselves are in 8 bits (double quantization)."""
     quant_compute_dtype: str = "auto"
@@ -92,6 +99,8 @@ class MergeConfig:
     """Merge even if every delta is zero."""
     overwrite: bool = False
     """Replace an output folder that an earlier merge wrote."""
+    run_log: Path | None = None
+    """File that gets a line of JSON for each rank: what it did and when."""
     timeout: float = 600.0
     """Seconds without a sign of life after which a rank counts as lost."""
 
@@ -105,6 +114,7 @@ class MergeConfig:
             raise UsageError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.expert_b_order not in EXPERT_B_ORDERS:
             raise UsageError(f"expert-b-order {self.expert_b_order!r} is none of {', '.join(EXPERT_B_ORDERS)}")
+        self._check_quantize()
         self._check_combine()
         self._check_quant()
         if self.nproc is not None and self.nproc < 1:
@@ -116,6 +126,16 @@ class MergeConfig:
                 raise UsageError(f"{name} {nbytes} is not a size")
         if self.lora_alpha is not None and (not math.isfinite(self.lora_alpha) or self.lora_alpha == 0):
             raise UsageError(f"lora-alpha {self.lora_alpha} is not a finite number other than 0")
+
+    def _check_quantize(self) -> None:
+        if self.quantize not in QUANTIZE:
+            raise UsageError(f"quantize {self.quantize!r} is none of {', '.join(QUANTIZE)}")
+        if self.quantize_mode not in QUANTIZE_MODES:
+            raise UsageError(f"quantize-mode {self.quantize_mode!r} is none of {', '.join(QUANTIZE_MODES)}")
+        if self.quantize == "none" and self.quantize_mode != "plain":
+            raise UsageError("quantize-mode is given, but nothing is packed", hint="--quantize nf4")
+        if self.quantize != "none" and self.keep_quantized:
+            raise UsageError("keep-quantized and quantize exclude each other", hint="--quantize packs all linears anew")
 
     def _check_combine(self) -> None:
         if self.combine not in COMBINE:
@@ -144,6 +164,17 @@ class MergeConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"quant-skip {printable(pattern)!r} is no pattern: {error}") from None
+        told = {
+            "quant-blocksize": self.quant_blocksize != 64,
+            "no-quant-double": not self.quant_double,
+            "quant-compute-dtype": self.quant_compute_dtype != "auto",
+            "quant-skip": bool(self.quant_skip),
+        }
+        if self.simulate_quant == self.quantize == "none" and any(told.values()):
+            names = " and ".join(name for name, given in told.items() if given)
+            raise UsageError(
+                f"{names} given, but nothing goes through 4 bits", hint="--simulate-quant nf4, or --quantize nf4"
+            )
 
     @property
     def initials(self) -> tuple[bool, ...]:
@@ -174,6 +205,7 @@ class MergeConfig:
         argv += ["--combine", self.combine, "--seed", str(self.seed)]
         if self.density is not None:
             argv += ["--density", repr(self.density)]
+        argv += ["--quantize", self.quantize, "--quantize-mode", self.quantize_mode]
         argv += ["--simulate-quant", self.simulate_quant, "--quant-blocksize", str(self.quant_blocksize)]
         argv += ["--quant-double" if self.quant_double else "--no-quant-double"]
         argv += ["--quant-compute-dtype", self.quant_compute_dtype]
@@ -186,6 +218,8 @@ class MergeConfig:
         for rule in self.map:
             argv += ["--map", rule]
         argv += ["--expert-b-order", self.expert_b_order] + ["--allow-pickle"] * self.allow_pickle
+        if self.run_log is not None:
+            argv += ["--run-log", str(self.run_log)]
         argv += ["--allow-zero-delta"] * self.allow_zero_delta + ["--overwrite"] * self.overwrite
         return argv
 

@@ -19,7 +19,7 @@ from distmerge.numerics.nf4 import NF4
 from distmerge.numerics.packing4 import NESTED_BLOCKSIZE, dynamic_map, nest, pack
 
 if TYPE_CHECKING:
-    from distmerge.audit import Audit
+    from distmerge.audit.findings import Audit
 
 _HIDDEN, _INNER, _LAYERS, _VOCAB, _R, _ALPHA = 512, 1376, 8, 4096, 16, 32
 _SHARD_NBYTES = 20_000_000

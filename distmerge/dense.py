@@ -14,6 +14,7 @@ from distmerge.checkpoint.packing import Foreign, FourBit, Packing, Scaled, Simu
 from distmerge.numerics import nf4, scaled
 from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.packing4 import Nested
+from distmerge.numerics.survival import squared
 from distmerge.plan import Plan
 from distmerge.rounding import Rounding
 
@@ -88,8 +89,7 @@ class Dense:
         plain = self._plain(buffers, stored, begin, end, 0)
         inside = slice(first - begin, last - begin)
         rounded = self._rounding.round(stored.name, packing, plain, begin=begin, nested=nested)[inside]
-        lost = plain[inside].float() - rounded
-        buffers.lost_squared = float(torch.dot(lost, lost))
+        buffers.lost_squared = squared(plain[inside].float() - rounded)
         return rounded
 
     def _plain(self, buffers: Buffers, stored: Stored, first: int, last: int, origin: int) -> Tensor:

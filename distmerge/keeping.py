@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -11,7 +12,10 @@ from distmerge.checkpoint.base import Base
 from distmerge.checkpoint.foreign import refusal
 from distmerge.checkpoint.header import TensorSpec
 from distmerge.checkpoint.packing import Foreign, Stored
+from distmerge.checkpoint.quantization import sections
+from distmerge.errors import InputError, listing
 from distmerge.outputs import Output, Outputs
+from distmerge.storage.strict_json import read_object
 
 # What loaders put into one matrix (vLLM, SGLang): packed alike, or not at all.
 _FUSED = (
@@ -22,11 +26,12 @@ _FUSED = (
 )
 
 
-def refuse_foreign(tensors: Iterable[tuple[str, Stored]]) -> None:
-    """Raises InputError for the first of `tensors`, which are to be dense, that cannot be dequantized."""
+def refuse_foreign(tensors: Iterable[tuple[str, Stored]], *, quantize: bool = False) -> None:
+    """Raises InputError for the first of `tensors`, which are to be dense, that cannot be dequantized; `quantize` says
+    that the output is to be packed."""
     for name, stored in tensors:
         if isinstance(stored.packing, Foreign):
-            raise refusal(name, stored.packing.kind)
+            raise refusal(name, stored.packing.kind, quantize=quantize)
 
 
 def keep_packed(outputs: Outputs) -> Outputs:
@@ -36,6 +41,7 @@ def keep_packed(outputs: Outputs) -> Outputs:
     experts of a layer. The quantization sections stay unless nothing is left packed.
     """
     base, tensors = outputs.base, outputs.tensors
+    _check_layers(outputs)
     packed = {name for name, output in tensors.items() if base.tensors.get(name, output.source).packing}
     changed = {name for name in packed if tensors[name].changes or tensors[name].origin}
     groups = {_fused(name) for name in changed}
@@ -60,6 +66,20 @@ def keep_packed(outputs: Outputs) -> Outputs:
         ),
         notes=(f"{len(kept)} packed tensors stay packed, {len(dense)} are changed, or fused with what is",),
     )
+
+
+def _check_layers(outputs: Outputs) -> None:
+    """Raises InputError where layers were repeated and the skip list names single ones: they have other numbers now."""
+    stored = read_object(outputs.base.folder / "config.json") if outputs.base.config else {}
+    if outputs.edits.config == stored:
+        return
+    lists = [value for section in sections(stored) for value in section.values() if isinstance(value, list)]
+    if numbered := [entry for entries in lists for entry in entries if re.search(r"\.\d+\.", str(entry))]:
+        raise InputError(
+            f"layer_replication numbers the layers anew, and the skip list of config.json names {listing(numbered)}",
+            where=str(outputs.base.folder),
+            hint="merge without --keep-quantized",
+        )
 
 
 def _fused(name: str) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from distmerge.dense import Buffers, host_pair, view_of
 from distmerge.errors import MachineError
+from distmerge.layout import MEASURED_NUMEL
 from distmerge.plan import Plan
 from distmerge.reader import Reader
 
@@ -29,6 +30,8 @@ class Lane:
         self.buffers = buffers
         self.out, self._host = host_pair(plan.block_nbytes, device)
         self.view = view_of(self._host)
+        first, second = torch.empty(2, MEASURED_NUMEL, dtype=torch.float32, device=device)
+        self.scratch = (first, second)
         self._stream = None if device.type == "cpu" else torch.Stream(device)
 
     def work_order(self) -> AbstractContextManager[object]:

@@ -9,12 +9,15 @@ from typing import Literal
 
 from distmerge.adapter.changes import Change
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec, build_header
+from distmerge.checkpoint.packed_form import PackedForm, Part
 from distmerge.checkpoint.packing import Stored
 
 # The unit of reading, arithmetic and writing. It is a constant, not a share of the memory budget: the same matrix
 # products in the same shapes give the same bits, whatever the budget and the number of ranks.
 BLOCK_NUMEL = 1 << 19
+MEASURED_NUMEL = BLOCK_NUMEL // 2  # elements of which is measured at once what is left of a change
 KEPT_STACKS = 2  # of experts' factors: those of the projections up and down
+LARGEST_SPECTRUM = 256  # the largest r of a delta whose singular values are computed
 _SEGMENT_NBYTES = (16 << 20, 128 << 20)
 _SEGMENTS_WANTED = 256
 
@@ -29,7 +32,8 @@ class Wanted:
 
     Its source lies in the base's folder, `origin` 0, or in that of adapter number `origin`, counted from 1. `also`
     names tensors of that adapter that are the same once more, for a parameter that is tied to this one. `twin` names
-    the tensor that this one is tied and equal to, if the output holds both.
+    the tensor that this one is tied and equal to, if the output holds both. With `form` it is rounded to `dtype` and
+    then packed.
     """
 
     kind: Kind
@@ -40,9 +44,19 @@ class Wanted:
     changes: tuple[Change, ...]
     also: tuple[str, ...] = ()
     twin: str = ""
+    form: PackedForm | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors of the output's files that this one is, in the order of their bytes."""
+        if self.form is not None:
+            return self.form.parts(self.name, self.source.shape, self.dtype)
+        return (Part(name=self.name, dtype=self.dtype, shape=self.source.shape),)
 
     @property
     def nbytes(self) -> int:
+        if self.form is not None:
+            return sum(part.nbytes for part in self.parts)
         return self.source.numel * ITEMSIZE[self.dtype]
 
 
@@ -67,12 +81,19 @@ class Task(Wanted):
     @property
     def largest_block_numel(self) -> int:
         """Elements that a block holds at most."""
-        return max(BLOCK_NUMEL, self.source.numel if self._whole else self._matrix_numel)
+        if self._whole:
+            return max(BLOCK_NUMEL, self.source.numel)
+        return BLOCK_NUMEL if self._cuts_rows else max(BLOCK_NUMEL, self._step)
 
     @property
     def _matrix_numel(self) -> int:
         """Elements that the source can only be read by: a whole matrix where it is packed transposed."""
         return self.source.packing.block_numel if self.source.packing else 1
+
+    @property
+    def spectrum_nbytes(self) -> int:
+        """Bytes that computing the singular values of its deltas takes at most, the factors apart."""
+        return 128 * min(sum(change.r or LARGEST_SPECTRUM for change in self.changes), LARGEST_SPECTRUM) ** 2
 
     @property
     def _whole(self) -> bool:
@@ -88,40 +109,78 @@ class Task(Wanted):
     @property
     def stored_block_nbytes(self) -> int:
         """Bytes of the largest block as its source stores it, companions apart."""
-        numel = self.largest_block_numel
-        packing = self.source.packing
+        numel, packing = self.largest_block_numel, self.source.packing
         return packing.data_nbytes(numel) if packing else numel * ITEMSIZE[self.source.data.dtype]
+
+    @property
+    def head_nbytes(self) -> int:
+        """Bytes of what stands before the codes of a packed tensor, which is a block of its own."""
+        return sum(part.nbytes for part in self.parts[:-1])
+
+    @property
+    def _step(self) -> int:
+        """Elements of a block of whole rows; scales of a packed tensor do not cross from one block to the next."""
+        if (matrix := self._matrix_numel) > 1:
+            return matrix
+        rows = max(1, BLOCK_NUMEL // max(self.row_numel, 1))
+        if self.form is None or self.row_numel >= self.source.numel:
+            return rows * self.row_numel
+        unit = math.lcm(self.form.blocksize, self.row_numel) // self.row_numel
+        return min(max(rows // unit, 1) * unit * self.row_numel, self.source.numel)
 
     @property
     def num_blocks(self) -> int:
         if self.source.numel == 0:
             return 0
-        if self._whole:
-            return 1
-        if self._matrix_numel > 1:
-            return self.source.numel // self._matrix_numel
-        rows = self.source.numel // self.row_numel
-        if self.row_numel > BLOCK_NUMEL:
-            return rows * math.ceil(self.row_numel / BLOCK_NUMEL)
-        return math.ceil(rows / (BLOCK_NUMEL // self.row_numel))
+        return self._first + (1 if self._whole else self._num_inner)
+
+    @property
+    def dense_blocks(self) -> range:
+        """The numbers of the blocks that hold elements: all but the first of a packed tensor."""
+        return range(self._first, self.num_blocks)
+
+    @property
+    def _first(self) -> int:
+        return 0 if self.form is None else 1
+
+    @property
+    def _num_inner(self) -> int:
+        if self._cuts_rows:
+            return self.source.numel // self.row_numel * math.ceil(self.row_numel / BLOCK_NUMEL)
+        return math.ceil(self.source.numel / self._step)
+
+    @property
+    def _cuts_rows(self) -> bool:
+        """True if a row is too long for one block; those of packed tensors are cut only where they are the tensor."""
+        cut = self.row_numel > BLOCK_NUMEL and self._matrix_numel == 1
+        return cut and (self.form is None or self.row_numel >= self.source.numel)
 
     def block(self, number: int) -> tuple[int, int]:
         """The flat elements [first, last) of block `number`: whole rows, or a part of one row that is too long."""
+        number -= self._first
+        if number < 0:
+            return 0, 0
         if self._whole:
             return 0, self.source.numel
-        if (matrix := self._matrix_numel) > 1:
-            return number * matrix, (number + 1) * matrix
-        if self.row_numel > BLOCK_NUMEL:
+        if self._cuts_rows:
             row, part = divmod(number, math.ceil(self.row_numel / BLOCK_NUMEL))
             first = row * self.row_numel + part * BLOCK_NUMEL
             return first, min(first + BLOCK_NUMEL, (row + 1) * self.row_numel)
-        step = BLOCK_NUMEL // self.row_numel * self.row_numel
-        return number * step, min((number + 1) * step, self.source.numel)
+        return number * self._step, min((number + 1) * self._step, self.source.numel)
 
     def block_nbytes(self, number: int) -> int:
         """Bytes of block `number` in the output."""
         first, last = self.block(number)
-        return (last - first) * ITEMSIZE[self.dtype]
+        if self.form is None:
+            return (last - first) * ITEMSIZE[self.dtype]
+        return -(-(last - first) // 2) if number else self.head_nbytes
+
+    def block_begin(self, number: int) -> int:
+        """Where the bytes of block `number` begin, counted from the first of the task."""
+        first, _ = self.block(number)
+        if self.form is None:
+            return first * ITEMSIZE[self.dtype]
+        return self.head_nbytes + first // 2 if number else 0
 
     def elements(self, first: int, last: int) -> tuple[int, int]:
         """The flat elements that the blocks [first, last) hold."""
@@ -131,6 +190,12 @@ class Task(Wanted):
         """How many elements the blocks [first, last) hold."""
         begin, end = self.elements(first, last)
         return end - begin
+
+    def nbytes_of(self, first: int, last: int) -> int:
+        """Bytes of the blocks [first, last) in the output."""
+        if last <= first:
+            return 0
+        return self.block_begin(last - 1) + self.block_nbytes(last - 1) - self.block_begin(first)
 
     def applied_of(self, first: int, last: int) -> tuple[int, ...]:
         """How many elements of the blocks [first, last) each change concerns."""
@@ -196,11 +261,12 @@ def pack_shards(tensors: Iterable[Wanted], max_nbytes: int) -> dict[str, list[Wa
 
 
 def place(shards: dict[str, list[Wanted]]) -> tuple[tuple[OutputFile, ...], tuple[Task, ...]]:
-    """The files, and the tasks in the order of their bytes: wide dtypes first, so that every tensor is aligned."""
+    """The files, and the tasks in the order of their bytes: packed ones, which are multiples of 8 bytes, then wide
+    dtypes first, so that every tensor is aligned."""
     files, tasks = [], []
     for number, (name, shard) in enumerate(shards.items()):
-        tensors = sorted(shard, key=lambda tensor: -ITEMSIZE[tensor.dtype])
-        offset = begin = len(build_header([(t.name, t.dtype, t.source.shape) for t in tensors]))
+        tensors = sorted(shard, key=lambda tensor: 0 if tensor.form else 9 - ITEMSIZE[tensor.dtype])
+        offset = begin = len(build_header([(p.name, p.dtype, p.shape) for t in tensors for p in t.parts]))
         for tensor in tensors:
             tasks.append(
                 Task(
@@ -212,6 +278,7 @@ def place(shards: dict[str, list[Wanted]]) -> tuple[tuple[OutputFile, ...], tupl
                     changes=tensor.changes,
                     also=tensor.also,
                     twin=tensor.twin,
+                    form=tensor.form,
                     file=number,
                     begin=offset,
                 )
@@ -247,9 +314,10 @@ def cut_segments(tasks: tuple[Task, ...]) -> tuple[Segment, ...]:
             pieces.append(Piece(task=number, first=0, last=0))
         while first < count:
             per_block = max(1, task.nbytes // count)
-            take = min(count - first, max(1, (wanted - nbytes) // per_block))
+            # A packed tensor is measured as a whole before it is written.
+            take = count if task.form else min(count - first, max(1, (wanted - nbytes) // per_block))
             pieces.append(Piece(task=number, first=first, last=first + take))
-            nbytes += task.numel_of(first, first + take) * ITEMSIZE[task.dtype]
+            nbytes += task.nbytes_of(first, first + take)
             first += take
             if nbytes >= wanted * 15 // 16:
                 close(task.file)

@@ -8,10 +8,12 @@ from dataclasses import asdict
 
 from distmerge.claim import claims
 from distmerge.config import MergeConfig
-from distmerge.errors import InputError, printable
+from distmerge.errors import InputError, MachineError, printable
 from distmerge.plan import Plan, make_plan
 from distmerge.progress import Display, Snapshot, clock, gigabytes
 from distmerge.publish import check_output, is_published, publish
+from distmerge.report.verdict import judge
+from distmerge.runlog import check_run_log, write_run_log
 from distmerge.share import Records, Share
 from distmerge.verify import check_headers, check_records
 from distmerge.work import WorkFolder
@@ -44,6 +46,7 @@ def merge(config: MergeConfig, work: WorkFolder, world: World, display: Display)
 def _plan(config: MergeConfig, work: WorkFolder, world: World, display: Display, device: str) -> str | None:
     """The digest of the plan that is ready in the work folder, or None if its result is published already."""
     check_output(config)
+    check_run_log(config)
     plan = make_plan(config, device, scratch=work.scratch() if config.allow_pickle else None)
     for note in plan.notes:
         display.say(f"note     {note}")
@@ -85,6 +88,16 @@ def _publish(config: MergeConfig, plan: Plan, work: WorkFolder, gathered: list[s
         f"proven   {len(receipt.ledger)} adapter tensors applied exactly once, {len(plan.tasks)} tensors written, "
         f"{len(receipt.files)} files hashed"
     )
+    verdict = judge(receipt.tensors)
+    if verdict.packing:
+        display.say(f"packed   {verdict.packing}")
+    if verdict.warning:
+        display.say(f"warning  {verdict.warning}")
+    if config.run_log is not None:
+        try:
+            write_run_log(config.run_log, [record.log for record in records])
+        except MachineError as error:  # the merge is published; nothing is gained by failing now
+            display.say(f"warning  {error.where}: {error.what}")
 
 
 def _recorder(work: WorkFolder) -> Callable[[Snapshot], None]:

@@ -14,31 +14,34 @@ from distmerge import __version__
 from distmerge.adapter.indices import check_indices
 from distmerge.adapter.initial import check_initial
 from distmerge.adapter.naming.conversion import read_names
+from distmerge.adapter.naming.linears import check_skipped
 from distmerge.adapter.naming.names import Names
 from distmerge.adapter.peft_adapter import Adapter, AdapterOptions, read_adapter
 from distmerge.adapter.screen import Screened, screen
 from distmerge.checkpoint.base import INDEX, RECEIPT, Base, FileMark, folder_name, read_base
-from distmerge.checkpoint.header import FLOATS, ITEMSIZE, build_header
+from distmerge.checkpoint.header import ITEMSIZE, build_header
+from distmerge.checkpoint.packed_form import scales_nbytes, scratch_nbytes
 from distmerge.checkpoint.packing import Simulated
 from distmerge.checkpoint.quantization import FILES
 from distmerge.checkpoint.sidefiles import NewHead, SideFile, find_side_files, output_config
-from distmerge.config import DEFAULT_SHARD_NBYTES, DTYPES, AdapterChoice, MergeConfig
+from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.doubts import doubts
 from distmerge.errors import InputError, listing, printable
+from distmerge.forms import Forms, choose_forms
 from distmerge.keeping import keep_packed, refuse_foreign
 from distmerge.layout import (
     KEPT_STACKS,
+    MEASURED_NUMEL,
     OutputFile,
     Segment,
     Task,
-    Wanted,
     cut_segments,
-    pack_shards,
     place,
     used_tensors,
 )
 from distmerge.numerics.methods import SUM, Combine
-from distmerge.outputs import Output, Outputs, collect
+from distmerge.outputs import Outputs, collect
+from distmerge.shards import make_shards
 from distmerge.simulate import simulate
 from distmerge.storage.files import lookup_errors
 from distmerge.storage.records import encode
@@ -68,7 +71,8 @@ class PlannedAdapter:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Every task of a run and where its bytes go. Names no absolute path and no rank: equal inputs and options give an
-    equal plan. The times of the base's files belong to the inputs, since a header does not show that data changed."""
+    equal plan. The times of the base's files belong to the inputs, since a header does not show that data changed.
+    `num_kept` counts the output's tensors that are parts of packed weights, as the base holds them."""
 
     fingerprint: dict[str, str]
     base_files: tuple[FileMark, ...]
@@ -81,6 +85,7 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     combine: Combine = SUM
+    num_kept: int = 0
 
     @cached_property
     def digest(self) -> str:
@@ -104,7 +109,7 @@ class Plan:
         return [number for number, segment in enumerate(self.segments) if segment.file == file]
 
     def header_of(self, file: int) -> bytes:
-        return build_header([(task.name, task.dtype, task.source.shape) for task in self.tasks_of(file)])
+        return build_header([(p.name, p.dtype, p.shape) for task in self.tasks_of(file) for p in task.parts])
 
     @cached_property
     def adapter_keys(self) -> frozenset[tuple[int, str]]:
@@ -131,7 +136,8 @@ class Plan:
         """Bytes that loading what changes one tensor takes at most, and of stacks that are kept for the next."""
         changes = [change for task in self.tasks for change in task.changes]
         sparse = [view.spec.nbytes for change in changes for view in change.tensors.values() if view.is_sparse]
-        loading = max((sum(change.loading_nbytes for change in task.changes) for task in self.tasks), default=0)
+        loading = max((sum(c.loading_nbytes for c in t.changes) + t.spectrum_nbytes for t in self.tasks), default=0)
+        loading += max((scales_nbytes(task.form, task.source.numel) for task in self.tasks if task.form), default=0)
         loading += self.simulated_nbytes + self._learning_nbytes
         return loading + self.held_nbytes + KEPT_STACKS * max(sparse, default=0)
 
@@ -155,8 +161,8 @@ class Plan:
 
     @cached_property
     def block_nbytes(self) -> int:
-        """Bytes of the largest block of the output."""
-        return max(ITEMSIZE[task.dtype] * task.largest_block_numel for task in self.tasks)
+        """Bytes of the largest block of the output, before it is packed."""
+        return max(max(task.head_nbytes, ITEMSIZE[task.dtype] * task.largest_block_numel) for task in self.tasks)
 
     @cached_property
     def lane_nbytes(self) -> int:
@@ -168,7 +174,13 @@ class Plan:
             (t.source.packing.scratch_nbytes(t.largest_block_numel) for t in self.tasks if t.source.packing), default=0
         )
         blocks = stored + self.block_nbytes + 4 * self.block_numel + 6 * packed
-        return blocks + scales + operators + self._combine_nbytes
+        measured = 8 * MEASURED_NUMEL
+        return blocks + scales + operators + measured + self._combine_nbytes + self._packing_nbytes
+
+    @property
+    def _packing_nbytes(self) -> int:
+        """Bytes that packing one block takes at most."""
+        return max((scratch_nbytes(task.form, task.largest_block_numel) for task in self.tasks if task.form), default=0)
 
     @property
     def _combine_nbytes(self) -> int:
@@ -186,14 +198,15 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
     with lookup_errors(config.base):
         base = read_base(config.base)
         if not config.keep_quantized:
-            refuse_foreign(base.tensors.items())
+            refuse_foreign(base.tensors.items(), quantize=config.quantize != "none")
         adapters = [(_read(choice, config, base, scratch), choice.weight) for choice in config.all_adapters]
     for number, initial in enumerate(config.initials):
         if initial:
             check_initial(adapters[number - 1][0], adapters[number][0])
     outputs = _collect(base, adapters, config)
-    warnings = [*base.warnings, *outputs.warnings]
-    files, tasks = place(_shards(base, outputs, config))
+    forms = choose_forms(config, outputs)
+    files, tasks = place(make_shards(base, outputs, forms, config))
+    warnings = [*base.warnings, *outputs.warnings, *forms.warnings(tasks)]
     planned, notes = [], list(outputs.notes)
     for number, (adapter, weight) in enumerate(adapters):
         check_indices(adapter, (change for task in tasks for change in task.changes if change.adapter == number))
@@ -205,7 +218,7 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
         planned.append(replace(one, name=name, initial=config.initials[number]))
         notes += [f"{adapter.folder.name}: {text}" for text in (*adapter.notes, *found.notes)]
         warnings += [*found.warnings, *doubts(adapter, outputs.names[number], config)]
-    config_json = _output_config(base, outputs, tasks, config)
+    config_json = _output_config(base, outputs, tasks, config, forms)
     if outputs.edits.head is not None and config_json is not None:
         _check_head(outputs.edits.head, base, tasks, json.loads(config_json))
     made = {"README.md", RECEIPT, INDEX, *(file.name for file in files)}
@@ -220,28 +233,35 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
         files=files,
         tasks=tasks,
         segments=cut_segments(tasks),
-        side_files=find_side_files(
-            base.folder,
-            tuple(adapter.folder for adapter, _ in adapters),
-            weights=(tuple(mark.name for mark in base.files), *(adapter.files for adapter, _ in adapters)),
-            made=made,
-            # Tokenizer and templates are those of the folder that training saved, not of where a file happens to lie.
-            silent={
-                number
-                for number, choice in enumerate(config.all_adapters, start=1)
-                if config.initials[number - 1] or choice.folder.is_file()
-            },
-        ),
+        side_files=_side_files(base, [adapter for adapter, _ in adapters], config, made),
         config_json=config_json,
         notes=tuple(dict.fromkeys(notes)),
         warnings=tuple(dict.fromkeys(warnings)),
         combine=_combine(config),
+        num_kept=sum(output.as_is for output in outputs.tensors.values()),
     )
     count_lanes(plan, config.memory_budget, wanted=1)
     return plan
 
 
+def _side_files(base: Base, adapters: list[Adapter], config: MergeConfig, made: set[str]) -> tuple[SideFile, ...]:
+    # Tokenizer and templates are those of the folder that training saved, not of where a file happens to lie.
+    silent = {
+        number
+        for number, choice in enumerate(config.all_adapters, start=1)
+        if config.initials[number - 1] or choice.folder.is_file()
+    }
+    return find_side_files(
+        base.folder,
+        tuple(adapter.folder for adapter in adapters),
+        weights=(tuple(mark.name for mark in base.files), *(adapter.files for adapter in adapters)),
+        made=made,
+        silent=silent,
+    )
+
+
 def _collect(base: Base, adapters: list[tuple[Adapter, float]], config: MergeConfig) -> Outputs:
+    check_skipped(base, config.quant_skip)
     outputs = collect(base, adapters)
     if config.keep_quantized:
         outputs = keep_packed(outputs)
@@ -302,13 +322,16 @@ def _check_head(head: NewHead, base: Base, tasks: tuple[Task, ...], config: dict
         )
 
 
-def _output_config(base: Base, outputs: Outputs, tasks: tuple[Task, ...], config: MergeConfig) -> str | None:
+def _output_config(
+    base: Base, outputs: Outputs, tasks: tuple[Task, ...], config: MergeConfig, forms: Forms
+) -> str | None:
     if not base.config:
         return None
     dtypes: Counter[str] = Counter()
     for task in tasks:
         dtypes[task.dtype] += task.source.numel * (not outputs.tensors[task.name].as_is)
-    made = output_config(base, dict(dtypes), outputs.edits, recast=config.dtype != "auto")
+    recast = config.dtype != "auto"
+    made = output_config(base, dict(dtypes), outputs.edits, recast=recast, quantization=forms.section(tasks))
     return made.decode() if made is not None else None
 
 
@@ -326,49 +349,6 @@ def count_lanes(plan: Plan, memory_budget: int, *, wanted: int) -> int:
     return min(wanted, fits)
 
 
-def _shards(base: Base, outputs: Outputs, config: MergeConfig) -> dict[str, list[Wanted]]:
-    common = _common_dtype(base)
-    wanted = []
-    for output in outputs.tensors.values():
-        # A parameter of the adapter's is stored as training held it; the model has a dtype of its own.
-        stored = outputs.base.tensors.get(output.name)
-        own = output.source.dtype if not output.origin else stored.dtype if stored is not None else common
-        wanted.append(_want(output, own, DTYPES[config.dtype]))
-    if base.packed or config.max_shard_size is not None:
-        return pack_shards(wanted, config.max_shard_size or DEFAULT_SHARD_NBYTES)
-    shards: dict[str, list[Wanted]] = {mark.name: [] for mark in base.files}
-    for tensor in wanted:
-        # What the base has under this name, or what its copy comes from, says the file; a new tensor goes to the last.
-        stored = outputs.base.tensors.get(tensor.name, None if tensor.origin else tensor.source)
-        shards[stored.data.file if stored is not None else base.files[-1].name].append(tensor)
-    return {name: shard for name, shard in shards.items() if shard}
-
-
-def _common_dtype(base: Base) -> str:
-    """The float dtype of most of the base's elements."""
-    counts: Counter[str] = Counter()
-    for stored in base.tensors.values():
-        counts[stored.dtype] += stored.numel * (stored.dtype in FLOATS)
-    return counts.most_common(1)[0][0]
-
-
-def _want(output: Output, own: str, dtype: str | None) -> Wanted:
-    """The output tensor; `own` is the dtype that it has without --dtype."""
-    # F64 stays: torch rounds it to 16 bits by way of float32, that is twice.
-    out = dtype if dtype is not None and own in FLOATS and not output.as_is else own
-    same = out == output.source.dtype and output.source.packing is None
-    return Wanted(
-        kind="merge" if output.changes else "copy" if same else "convert",
-        name=output.name,
-        source=output.source,
-        origin=output.origin,
-        dtype=out,
-        changes=output.changes,
-        also=output.also,
-        twin=output.twin,
-    )
-
-
 def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter], device: str) -> dict[str, str]:
     """What must be equal for a run to continue another: everything that can change a byte of the output."""
     import torch  # only its version is needed
@@ -376,6 +356,7 @@ def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter]
     marks: dict[str, Any] = {"distmerge": __version__, "torch": torch.__version__, "device": device}
     marks |= {"--dtype": config.dtype, "--max-shard-size": config.max_shard_size, "--lora-alpha": config.lora_alpha}
     marks |= {"--use-rslora": config.use_rslora, "--map": list(config.map), "--expert-b-order": config.expert_b_order}
+    marks |= {"--quantize": config.quantize, "--quantize-mode": config.quantize_mode}
     marks |= {"--keep-quantized": config.keep_quantized}
     marks |= {"--simulate-quant": config.simulate_quant, "--quant-blocksize": config.quant_blocksize}
     marks |= {"--quant-double": config.quant_double, "--quant-compute-dtype": config.quant_compute_dtype}

@@ -35,12 +35,27 @@ class Snapshot:
     def eta_seconds(self) -> float | None:
         return (self.nbytes_total - self.nbytes) / self.rate if self.nbytes else None
 
-    def line(self) -> str:
-        """`merging  1.2 of 3.4 GB (35 %)  0.85 GB/s  ETA 0:03`."""
+    def line(self, verb: str = "merging", unit: str = "") -> str:
+        """`merging  1.2 of 3.4 GB (35 %)  0.85 GB/s  ETA 0:03`; with a `unit`, that is counted and not bytes."""
         share = 100 * self.nbytes / self.nbytes_total if self.nbytes_total else 100.0
         eta = "" if self.eta_seconds is None else f"  ETA {clock(self.eta_seconds)}"
+        if unit:
+            return f"{verb:8} {self.nbytes} of {self.nbytes_total} {unit} ({share:.0f} %){eta}"
         done, total = gigabytes(self.nbytes), gigabytes(self.nbytes_total)
-        return f"merging  {done} of {total} ({share:.0f} %)  {self.rate / 1e9:.2f} GB/s{eta}"
+        return f"{verb:8} {done} of {total} ({share:.0f} %)  {self.rate / 1e9:.2f} GB/s{eta}"
+
+
+class Counter:
+    """How much of some work is done, counted by the threads that do it, and what is being done."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.doing = ""
+        self._lock = threading.Lock()
+
+    def add(self, amount: int) -> None:
+        with self._lock:
+            self.done += amount
 
 
 class Display:
@@ -58,16 +73,34 @@ class Display:
                 print(text, file=self._stream, flush=True)
 
     @contextlib.contextmanager
+    def counting(self, verb: str, total: int, unit: str = "") -> Iterator[Counter]:
+        """In the body, shows how much of `total` bytes, or of another `unit`, the counter has."""
+        counter = Counter()
+
+        def reports() -> list[dict[str, Any]]:
+            return [{"nbytes": counter.done, "doing": counter.doing}]
+
+        with self.watching(reports, total, lambda _: None, verb=verb, unit=unit):
+            yield counter
+
+    @contextlib.contextmanager
     def watching(
-        self, reports: Callable[[], list[dict[str, Any]]], nbytes_total: int, record: Callable[[Snapshot], None]
+        self,
+        reports: Callable[[], list[dict[str, Any]]],
+        nbytes_total: int,
+        record: Callable[[Snapshot], None],
+        *,
+        verb: str = "merging",
+        unit: str = "",
     ) -> Iterator[None]:
         """In the body, shows what `reports` says of the ranks, and gives every snapshot to `record`."""
         if self._quiet:
             yield
             return
         over = threading.Event()
+        show = self._live(verb, unit) if self.interactive else self._lines(verb, unit)
         thread = threading.Thread(
-            target=self._watch, args=(reports, nbytes_total, record, over), name="display", daemon=True
+            target=self._watch, args=(reports, nbytes_total, record, over, show), name="display", daemon=True
         )
         thread.start()
         try:
@@ -82,9 +115,9 @@ class Display:
         nbytes_total: int,
         record: Callable[[Snapshot], None],
         over: threading.Event,
+        show: contextlib.AbstractContextManager[Callable[[Snapshot], None]],
     ) -> None:
         started = time.monotonic()
-        show = self._live() if self.interactive else self._lines()
         with contextlib.suppress(OSError, ValueError), show as update:
             while True:
                 last = over.wait(_REFRESH_SECONDS)
@@ -104,19 +137,19 @@ class Display:
                     return
 
     @contextlib.contextmanager
-    def _lines(self) -> Iterator[Callable[[Snapshot], None]]:
+    def _lines(self, verb: str, unit: str) -> Iterator[Callable[[Snapshot], None]]:
         shown = time.monotonic()
 
         def update(snapshot: Snapshot) -> None:
             nonlocal shown
             if time.monotonic() - shown >= _LINE_SECONDS:
                 shown = time.monotonic()
-                self.say(snapshot.line())
+                self.say(snapshot.line(verb, unit))
 
         yield update
 
     @contextlib.contextmanager
-    def _live(self) -> Iterator[Callable[[Snapshot], None]]:
+    def _live(self, verb: str, unit: str) -> Iterator[Callable[[Snapshot], None]]:
         from rich.console import Console, Group  # not needed without a terminal
         from rich.live import Live
         from rich.text import Text
@@ -126,14 +159,18 @@ class Display:
 
             def update(snapshot: Snapshot) -> None:
                 rows = [
-                    Text(f"  rank {rank}  {gigabytes(nbytes):>9}  {doing}", style="dim", overflow="ellipsis")
+                    Text(_row(rank, nbytes, doing, verb), style="dim", overflow="ellipsis")
                     for rank, (nbytes, doing) in enumerate(snapshot.ranks[: max(1, console.height - 4)])
                 ]
                 filled = _BAR_WIDTH * snapshot.nbytes // max(1, snapshot.nbytes_total)
                 bar = Text("━" * filled, style="cyan") + Text("─" * (_BAR_WIDTH - filled), style="dim")
-                live.update(Group(Text(snapshot.line()), bar, *rows))
+                live.update(Group(Text(snapshot.line(verb, unit)), bar, *rows))
 
             yield update
+
+
+def _row(rank: int, nbytes: int, doing: str, verb: str) -> str:
+    return f"  rank {rank}  {gigabytes(nbytes):>9}  {doing}" if verb == "merging" else f"  {doing}"
 
 
 def gigabytes(nbytes: float) -> str:

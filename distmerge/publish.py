@@ -15,8 +15,17 @@ from distmerge.checkpoint.sidefiles import copy_side_file
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, MachineError, VerifyError, listing, printable
 from distmerge.plan import Plan
-from distmerge.receipt import FileEntry, Receipt, build_ledger, build_receipt, merged_adapters, read_receipt
+from distmerge.receipt import (
+    FileEntry,
+    Receipt,
+    build_ledger,
+    build_receipt,
+    build_tensors,
+    merged_adapters,
+    read_receipt,
+)
 from distmerge.report.card import model_card
+from distmerge.report.verdict import judge
 from distmerge.storage.files import fsync_dir, io_errors, replace_file
 from distmerge.storage.strict_json import read_object
 from distmerge.stream import SegmentRecord
@@ -111,7 +120,7 @@ def publish(
     Every file is durable before the rename, the index is the last to appear, and after the rename the work folder is
     removed. Killed anywhere in between, the next run does what is left.
     """
-    ledger = build_ledger(plan, segments)
+    ledger, tensors = build_ledger(plan, segments), build_tensors(plan, segments)
     files = {plan.files[shard.file].name: FileEntry(sha256=shard.sha256, bytes=shard.nbytes) for shard in shards}
     folders = (config.base, *(adapter.home for adapter in config.all_adapters))
     for side in plan.side_files:
@@ -122,11 +131,11 @@ def publish(
     if plan.config_json is not None:
         contents["config.json"] = plan.config_json.encode()
     told = json.loads(plan.config_json) if plan.config_json is not None else _base_config(config.base)
-    contents["README.md"] = model_card(plan, folder_name(config.base), len(ledger), told).encode()
+    contents["README.md"] = model_card(plan, folder_name(config.base), len(ledger), told, judge(tensors)).encode()
     index = _index(plan)
     for name, data in {**contents, **index}.items():
         files[name] = FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
-    receipt = build_receipt(plan, config, ledger, dict(sorted(files.items())))
+    receipt = build_receipt(plan, config, ledger, tensors, dict(sorted(files.items())))
     for name, data in {**contents, RECEIPT: receipt.to_json(), **index}.items():
         replace_file(work.model / name, data)
     _sweep(work.model, {*files, RECEIPT})
@@ -143,7 +152,7 @@ def _index(plan: Plan) -> dict[str, bytes]:
             "total_parameters": sum(task.source.numel for task in plan.tasks),
             "total_size": sum(task.nbytes for task in plan.tasks),
         },
-        "weight_map": {task.name: plan.files[task.file].name for task in sorted(plan.tasks, key=lambda t: t.name)},
+        "weight_map": dict(sorted((p.name, plan.files[task.file].name) for task in plan.tasks for p in task.parts)),
     }
     return {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
 

@@ -14,13 +14,14 @@ from typing import Literal
 from distmerge import __version__
 from distmerge.checkpoint.base import RECEIPT, folder_name
 from distmerge.config import MergeConfig
-from distmerge.errors import InputError, printable
+from distmerge.errors import InputError, printable, shown
+from distmerge.numerics.survival import Survival, check_sizes, digits, summarize, total
 from distmerge.plan import Plan
 from distmerge.storage.records import decode, encode
 from distmerge.storage.strict_json import read_object
 from distmerge.stream import PieceRecord, SegmentRecord
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,8 @@ class Options:
     """The options that decide bytes of the output."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    quantize: Literal["none", "nf4", "fp4"]
+    quantize_mode: Literal["plain", "fitted"]
     keep_quantized: bool
     max_shard_size: int | None
     combine: Literal["sum", "ties", "dare_ties", "dare_linear", "magnitude_prune"]
@@ -87,6 +90,23 @@ class LedgerEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """What became of an output tensor of `numel` elements: what is left of its changes after rounding, null for one
+    that took the base's place or was only converted; the largest singular values of its changes where they are products
+    of factors; how many values are not finite, which only converted tensors may hold."""
+
+    numel: int
+    survival: Survival | None
+    singular_values: tuple[float, ...]
+    not_finite: int
+
+    def __post_init__(self) -> None:
+        check_sizes(*self.singular_values)
+        if self.numel < 0 or self.not_finite < 0:
+            raise ValueError(f"{min(self.numel, self.not_finite)} elements")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
     """A file of the output."""
 
@@ -97,7 +117,8 @@ class FileEntry:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """What `merge_receipt.json` holds. `plan` is the digest of the plan; ledger keys are the adapter's own tensor
-    names, prefixed with `1:`, `2:`, ... where several adapters were merged."""
+    names, prefixed with `1:`, `2:`, ... where several adapters were merged; `tensors` are those that were changed or
+    replaced, or hold values that are not finite, numbers with 6 significant digits."""
 
     version: int
     plan: str
@@ -107,17 +128,20 @@ class Receipt:
     ledger: dict[str, LedgerEntry]
     files: dict[str, FileEntry]
     environment: dict[str, str]
+    tensors: dict[str, TensorEntry]
 
     def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1, allow_nan=False) + "\n").encode()
+        values = asdict(self)
+        tensors = values.pop("tensors")
+        rows = [f"  {json.dumps(name)}: {json.dumps(entry, allow_nan=False)}" for name, entry in tensors.items()]
+        rest = json.dumps(values, indent=1, allow_nan=False).removesuffix("\n}")
+        table = ",\n".join(rows)  # a line for each tensor: there may be many thousands
+        return f'{rest},\n "tensors": {{\n{table}\n }}\n}}\n'.encode()
 
 
 def build_ledger(plan: Plan, records: Iterable[SegmentRecord]) -> dict[str, LedgerEntry]:
     """An entry for every adapter tensor, from what the records say was done."""
-    pieces: dict[int, list[PieceRecord]] = {}
-    for record in sorted(records, key=lambda record: record.segment):
-        for piece in record.pieces:
-            pieces.setdefault(piece.task, []).append(piece)
+    pieces = _by_task(records)
     went: dict[str, list[tuple[str, float | None, float]]] = {}
     for number, task in enumerate(plan.tasks):
         done = pieces.get(number, [])
@@ -131,6 +155,32 @@ def build_ledger(plan: Plan, records: Iterable[SegmentRecord]) -> dict[str, Ledg
             if all(task.name != known for known, _, _ in went.get(name, [])):
                 went.setdefault(name, []).append((task.name, None, applied))
     return {key: _entry(places) for key, places in went.items()}
+
+
+def build_tensors(plan: Plan, records: Iterable[SegmentRecord]) -> dict[str, TensorEntry]:
+    """An entry for every tensor of which there is something to say, by name, from what the records say was done."""
+    found = {}
+    for number, done in sorted(_by_task(records).items()):
+        task = plan.tasks[number]
+        sums = [piece.sums for piece in done if piece.sums is not None]
+        not_finite = sum(piece.not_finite for piece in done)
+        if sums or task.origin or not_finite:
+            found[task.name] = TensorEntry(
+                numel=task.source.numel,
+                survival=summarize(total(sums)) if sums else None,
+                singular_values=tuple(digits(value) for piece in done for value in piece.singular),
+                not_finite=not_finite,
+            )
+    return found
+
+
+def _by_task(records: Iterable[SegmentRecord]) -> dict[int, list[PieceRecord]]:
+    """The pieces of each task, in the order of its blocks."""
+    pieces: dict[int, list[PieceRecord]] = {}
+    for record in sorted(records, key=lambda record: record.segment):
+        for piece in record.pieces:
+            pieces.setdefault(piece.task, []).append(piece)
+    return pieces
 
 
 def _entry(places: list[tuple[str, float | None, float]]) -> LedgerEntry:
@@ -152,7 +202,11 @@ def ledger_key(plan: Plan, adapter: int, key: str) -> str:
 
 
 def build_receipt(
-    plan: Plan, config: MergeConfig, ledger: dict[str, LedgerEntry], files: dict[str, FileEntry]
+    plan: Plan,
+    config: MergeConfig,
+    ledger: dict[str, LedgerEntry],
+    tensors: dict[str, TensorEntry],
+    files: dict[str, FileEntry],
 ) -> Receipt:
     """The receipt of a merge; `files` are all other files of the output."""
     import torch  # only its version is needed
@@ -176,28 +230,7 @@ def build_receipt(
             )
             for adapter in plan.adapters
         ),
-        options=decode(
-            Options,
-            {
-                "dtype": config.dtype,
-                "keep_quantized": config.keep_quantized,
-                "max_shard_size": config.max_shard_size,
-                "combine": config.combine,
-                "density": config.density,
-                "seed": config.seed,
-                "simulate_quant": config.simulate_quant,
-                "quant_blocksize": config.quant_blocksize,
-                "quant_double": config.quant_double,
-                "quant_compute_dtype": config.quant_compute_dtype,
-                "quant_skip": list(config.quant_skip),
-                "lora_alpha": config.lora_alpha,
-                "use_rslora": config.use_rslora,
-                "map": list(config.map),
-                "expert_b_order": config.expert_b_order,
-                "allow_pickle": config.allow_pickle,
-                "allow_zero_delta": config.allow_zero_delta,
-            },
-        ),
+        options=_options(config),
         ledger=ledger,
         files=files,
         environment={
@@ -206,7 +239,36 @@ def build_receipt(
             "python": platform.python_version(),
             "device": plan.fingerprint["device"],
         },
+        tensors=tensors,
     )
+
+
+def _options(config: MergeConfig) -> Options:
+    made: Options = decode(
+        Options,
+        {
+            "dtype": config.dtype,
+            "quantize": config.quantize,
+            "quantize_mode": config.quantize_mode,
+            "keep_quantized": config.keep_quantized,
+            "max_shard_size": config.max_shard_size,
+            "combine": config.combine,
+            "density": config.density,
+            "seed": config.seed,
+            "simulate_quant": config.simulate_quant,
+            "quant_blocksize": config.quant_blocksize,
+            "quant_double": config.quant_double,
+            "quant_compute_dtype": config.quant_compute_dtype,
+            "quant_skip": list(config.quant_skip),
+            "lora_alpha": config.lora_alpha,
+            "use_rslora": config.use_rslora,
+            "map": list(config.map),
+            "expert_b_order": config.expert_b_order,
+            "allow_pickle": config.allow_pickle,
+            "allow_zero_delta": config.allow_zero_delta,
+        },
+    )
+    return made
 
 
 def read_receipt(folder: Path) -> Receipt | None:
@@ -216,7 +278,11 @@ def read_receipt(folder: Path) -> Receipt | None:
         return None
     values = read_object(path)
     if values.get("version") != VERSION:
-        raise InputError("is not a receipt that this version reads", where=str(path))
+        raise InputError(
+            f"is a receipt of version {shown(values.get('version'))}, this distmerge reads version {VERSION}",
+            where=str(path),
+            hint="use the distmerge that wrote it (`environment`), or merge again",
+        )
     try:
         receipt: Receipt = decode(Receipt, values)
     except ValueError as error:

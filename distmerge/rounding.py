@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-from distmerge.checkpoint.packing import Simulated
+from distmerge.checkpoint.packing import ROUNDED_NUMEL, Simulated
 from distmerge.errors import VerifyError
 from distmerge.numerics import nf4, packing4
 from distmerge.numerics.dtypes import torch_dtype
@@ -62,14 +62,22 @@ class Rounding:
         size, values = packing.blocksize, _as_packed(packing, plain)
         absmax = self.scales(name, packing, plain)
         read = absmax if nested is None else self._read(nested, begin // size, len(absmax))
-        rounded = packing4.through(
-            values, absmax, read, self._tables[packing.kind], first=begin, blocksize=size, numel=packing.numel
-        ).to(plain.dtype)
-        rounded = rounded.to(torch_dtype(packing.compute_dtype)).to(plain.dtype)
+        rounded = torch.empty_like(values)
+        step = max(ROUNDED_NUMEL // size, 1) * size
+        for first in range(0, len(values), step):
+            part = slice(first, first + step)
+            blocks = slice(first // size, (first + step) // size)
+            rounded[part] = self._through(packing, values[part], absmax[blocks], read[blocks], begin + first)
         if not packing.transposed:
             return rounded
         rows, cols = packing.shape
         return rounded.view(cols, rows).T.contiguous().view(-1)
+
+    def _through(self, packing: Simulated, values: Tensor, absmax: Tensor, read: Tensor, first: int) -> Tensor:
+        """Some whole blocks of the tensor, from element `first` on, rounded."""
+        sizes = {"first": first, "blocksize": packing.blocksize, "numel": packing.numel}
+        unpacked = packing4.through(values, absmax, read, self._tables[packing.kind], **sizes)
+        return unpacked.to(values.dtype).to(torch_dtype(packing.compute_dtype))
 
     def _read(self, nested: packing4.Nested, first: int, count: int) -> Tensor:
         """The scales of blocks [first, first + count), as they are read back."""

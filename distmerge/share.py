@@ -18,7 +18,9 @@ from distmerge.adapter.screen import weights_digest
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, Interrupted, MachineError
 from distmerge.layout import used_tensors
+from distmerge.numerics.precision import full_precision
 from distmerge.plan import Plan, count_lanes
+from distmerge.runlog import RankLog, Span
 from distmerge.storage.records import decode, encode
 from distmerge.stream import SegmentRecord, Stream
 from distmerge.work import ShardRecord, WorkFolder
@@ -30,11 +32,16 @@ _MAX_LANES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
-    """What a rank did: every segment it claimed, every weight file it ended, and how many segments it kept."""
+    """What a rank did, and when: every segment it claimed, every weight file it ended."""
 
     segments: tuple[SegmentRecord, ...]
     shards: tuple[ShardRecord, ...]
-    num_kept: int
+    log: RankLog
+
+    @property
+    def num_kept(self) -> int:
+        """How many segments were finished by an earlier run."""
+        return sum(span.kept for span in self.log.spans)
 
     def to_json(self) -> str:
         return encode(self)
@@ -46,12 +53,12 @@ class Records:
 
 
 class Share:
-    """Does segments of `plan` on `device` and keeps their records; a context manager that ends its threads."""
+    """Does segments of `plan` on `device` and keeps their records; a context manager that ends its threads and
+    gives torch its settings back."""
 
     def __init__(self, plan: Plan, config: MergeConfig, work: WorkFolder, world: World, device: torch.device) -> None:
         _check_alike(plan, config, device)
-        torch.set_num_threads(1)  # the lanes are the threads
-        torch.set_float32_matmul_precision("highest")
+        self._precision = full_precision(num_threads=1)  # the lanes are the threads
         self._plan, self._work, self._world = plan, work, world
         self._earlier = work.done(plan)
         self._per_file = Counter(segment.file for segment in plan.segments)
@@ -64,33 +71,37 @@ class Share:
             num_lanes=count_lanes(plan, config.memory_budget, wanted=wanted_lanes(world.place.local_size)),
         )
         self._segments: list[SegmentRecord] = []
+        self._device, self._started = device, time.time()
+        self._spans: list[Span] = []
         self._leaving = threading.Event()
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
         self._finishing: list[Future[ShardRecord]] = []
-        self._num_kept = 0
         self._reported = 0.0
         self._doing = ""
 
     def __enter__(self) -> Share:
+        self._precision.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._leaving.set()
         self._finisher.shutdown(wait=True, cancel_futures=True)
         self._stream.close()
+        self._precision.__exit__(None, None, None)
 
     def do(self, number: int) -> None:
         """Writes segment `number`, unless an earlier run wrote it and its bytes are still what they were."""
         file = self._plan.segments[number].file
         self._doing = self._plan.files[file].name
-        record = self._earlier.segments.get(number)
-        if record is not None and self._stream.check(record, self.tick):
-            self._num_kept += 1
-        else:
+        record, started = self._earlier.segments.get(number), time.time()
+        kept = record is not None and self._stream.check(record, self.tick)
+        if record is None or not kept:
             record = self._stream.run(number, self.tick)
             self._work.note(self._plan, segment=record)
             self._world.count(f"written/{file}")
         self._segments.append(record)
+        nbytes = self._plan.segments[number].nbytes
+        self._spans.append(Span(segment=number, start=started, end=max(started, time.time()), nbytes=nbytes, kept=kept))
         if self._world.count(f"ended/{file}") == self._per_file[file]:
             self._finishing.append(self._finisher.submit(self._finish, file))
 
@@ -105,7 +116,14 @@ class Share:
         return Records(
             segments=tuple(self._segments),
             shards=tuple(future.result() for future in self._finishing),
-            num_kept=self._num_kept,
+            log=RankLog(
+                rank=self._world.place.rank,
+                host=socket.gethostname(),
+                device=str(self._device),
+                start=self._started,
+                end=max(self._started, time.time()),
+                spans=tuple(self._spans),
+            ),
         )
 
     def tick(self) -> None:

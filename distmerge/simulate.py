@@ -8,7 +8,7 @@ from distmerge.adapter.naming.linears import packed_linears
 from distmerge.adapter.tied import find_tie
 from distmerge.checkpoint.base import Base
 from distmerge.checkpoint.header import FLOATS
-from distmerge.checkpoint.packing import Simulated
+from distmerge.checkpoint.packing import Simulated, Stored
 from distmerge.config import DTYPES, MergeConfig
 from distmerge.errors import InputError, listing
 from distmerge.outputs import Output, Outputs
@@ -54,7 +54,6 @@ def simulate(outputs: Outputs, base: Base, config: MergeConfig) -> Outputs:
 
 
 def _simulated(output: Output, config: MergeConfig, *, transposed: bool) -> Output:
-    data = output.source.data
     for change in output.changes:
         if change.operator in _FROM_THE_BASE:
             raise InputError(
@@ -62,6 +61,25 @@ def _simulated(output: Output, config: MergeConfig, *, transposed: bool) -> Outp
                 where=output.name,
                 hint="leave out --simulate-quant",
             )
+    return replace(output, source=_rounded(output.source, config, transposed=transposed))
+
+
+def trained_base(base: Base, config: MergeConfig) -> Base:
+    """`base` as training saw it by `config`: with every tensor that bitsandbytes would pack read through 4 bits, if
+    that is asked for."""
+    if config.simulate_quant == "none":
+        return base
+    linears = packed_linears(base, config.quant_skip)
+    found = {
+        name: _rounded(base.tensors[name], config, transposed=turned)
+        for name, turned in linears.items()
+        if base.tensors[name].numel
+    }
+    return replace(base, tensors={**base.tensors, **found})
+
+
+def _rounded(stored: Stored, config: MergeConfig, *, transposed: bool) -> Stored:
+    data = stored.data
     packing = Simulated(
         kind=config.simulate_quant,
         blocksize=config.quant_blocksize,
@@ -71,4 +89,4 @@ def _simulated(output: Output, config: MergeConfig, *, transposed: bool) -> Outp
         dtype=data.dtype,
         shape=data.shape,
     )
-    return replace(output, source=replace(output.source, packing=packing))
+    return replace(stored, packing=packing)

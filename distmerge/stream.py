@@ -12,21 +12,21 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from distmerge.checkpoint.header import ITEMSIZE
-from distmerge.checkpoint.packing import Simulated
-from distmerge.errors import VerifyError
-from distmerge.lanes import Lane, Lanes, memory_errors
-from distmerge.layout import Piece, Segment, Task
-from distmerge.numerics.apply import Applied, Loaded, apply_changes, as_rows
-from distmerge.numerics.combine import Combination, combine_changes, find_thresholds, histograms
-from distmerge.numerics.dtypes import torch_dtype
+from distmerge.blocks import NOTHING, Block, Effect, write_values
+from distmerge.first_pass import FirstPass
+from distmerge.lanes import Lane, Lanes
+from distmerge.layout import LARGEST_SPECTRUM, Piece, Segment, Task
+from distmerge.numerics.apply import Loaded
+from distmerge.numerics.combine import Combination
 from distmerge.numerics.lora import delta_norm
+from distmerge.numerics.spectrum import singular_values
+from distmerge.numerics.survival import Sums, total
+from distmerge.packer import Scales
 from distmerge.plan import Plan
 from distmerge.reader import Reader
 from distmerge.storage.files import read_exact, write_exact
@@ -36,15 +36,23 @@ from distmerge.storage.files import read_exact, write_exact
 class PieceRecord:
     """What was done to a piece: `numel` elements written, and how many of them each change of the task concerned.
 
-    `applied_squared` is the sum of (out - base)^2; `delta_squared` has a change's share of the square of its norm,
-    which for a product of factors is wholly that of the piece that holds block 0.
+    `delta_squared` has a change's share of the square of its norm, which for a product of factors is wholly that of the
+    piece that holds block 0; so are the `singular` values of all changes together. `sums` tell what is left of them
+    after rounding, null where there are none. `not_finite` counts values of a tensor that was only converted.
     """
 
     task: int
     numel: int
     changed: tuple[int, ...]
-    applied_squared: float
     delta_squared: tuple[float, ...]
+    sums: Sums | None
+    singular: tuple[float, ...]
+    not_finite: int
+
+    @property
+    def applied_squared(self) -> float:
+        """The sum of (out - base)^2."""
+        return 0.0 if self.sums is None else self.sums.applied_squared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,30 +65,24 @@ class SegmentRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Block:
-    """One block on its way: element range [first, last) of block number `block` of `task`, and the changes to its
-    tensor, one after another or combined."""
+class _Whole:
+    """What the changes of a task are as far as factors tell it: the norm of each, and the singular values of all of
+    them together."""
 
-    number: int
-    piece: int
-    task: Task
-    block: int
-    first: int
-    last: int
-    changes: tuple[Loaded, ...] | Combination
+    norms: tuple[float, ...] = ()
+    singular: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Done:
-    """A block that is through: the CRC-32 of its bytes, what each change did, and the sum of (out - base)^2. It does
-    not hold the block itself, whose factors must be free to go."""
+    """A block that is through: the CRC-32 of its bytes and what was done to it. It does not hold the block itself,
+    whose factors must be free to go."""
 
-    number: int
     piece: int
+    block: int
     numel: int
     crc32: int
-    applied: tuple[Applied, ...]
-    applied_squared: float
+    effect: Effect
 
 
 class Stream:
@@ -104,7 +106,7 @@ class Stream:
         self._lock = threading.Lock()
         self._reader = Reader(plan, base, adapters, device)
         self._lanes = Lanes(plan, self._reader, device, num_lanes)
-        self._thresholds: dict[int, tuple[int, ...]] = {}
+        self._first_pass = FirstPass(plan, self._reader, self._lanes)
         self.nbytes_done = 0
 
     def close(self) -> None:
@@ -122,126 +124,65 @@ class Stream:
         """
         segment = self._plan.segments[number]
         self._close_others(segment.file)
-        for piece in segment.pieces:
-            self._learn_scales(self._plan.tasks[piece.task], tick)
-        if self._plan.combine.prunes:
-            for piece in segment.pieces:
-                self._find_thresholds(piece.task, tick)
-        norms: dict[int, tuple[float, ...]] = {}
-        blocks = self._blocks(segment, norms)
-        done = sorted(self._lanes.each(blocks, self._merge_block, tick), key=lambda block: block.number)
+        wholes: dict[int, _Whole] = {}
+        found: list[_Done] = []
+        for pieces in _batches(self._plan, segment):
+            scales = [self._first_pass.prepare(segment.pieces[i].task, tick) for i in pieces]
+            blocks = self._blocks(segment, pieces, wholes, scales[0])
+            found += self._lanes.each(blocks, self._merge_block, tick)
+        done = sorted(found, key=_place)
         return SegmentRecord(
             segment=number,
             crc32=combine_crc32s([block.crc32 for block in done]),
             pieces=tuple(
-                _piece_record(i, self._plan.tasks[piece.task], piece, norms.get(i, ()), done)
+                _piece_record(i, self._plan.tasks[piece.task], piece, wholes.get(i, _Whole()), done)
                 for i, piece in enumerate(segment.pieces)
             ),
         )
 
     def check(self, record: SegmentRecord, tick: Callable[[], None]) -> bool:
         """True if the bytes on disk are those that `record` was made from."""
-        self._close_others(self._plan.segments[record.segment].file)
-        blocks = self._blocks(self._plan.segments[record.segment], None)
-        done = sorted(self._lanes.each(blocks, self._check_block, tick), key=lambda block: block.number)
+        segment = self._plan.segments[record.segment]
+        self._close_others(segment.file)
+        blocks = self._blocks(segment, range(len(segment.pieces)), None, None)
+        done = sorted(self._lanes.each(blocks, self._check_block, tick), key=_place)
         return combine_crc32s([block.crc32 for block in done]) == record.crc32
 
-    def _blocks(self, segment: Segment, norms: dict[int, tuple[float, ...]] | None) -> Iterator[_Block]:
-        """The blocks of `segment` in order; where `norms` is given, with factors, whose norms it collects by piece."""
-        number = 0
-        for i, piece in enumerate(segment.pieces):
+    def _blocks(
+        self, segment: Segment, pieces: range, wholes: dict[int, _Whole] | None, scales: Scales | None
+    ) -> Iterator[Block]:
+        """The blocks of `pieces` of `segment` in order; where `wholes` is given, with the changes, which it looks at
+        once, for the piece that holds block 0."""
+        for i in pieces:
+            piece = segment.pieces[i]
             task = self._plan.tasks[piece.task]
-            changes = self._load(piece.task) if task.changes and norms is not None else ()
-            if norms is not None and piece.first == 0:
-                norms[i] = _norms(changes)
+            changes = self._first_pass.load(piece.task) if wholes is not None else ()
+            if wholes is not None and piece.first == 0:
+                wholes[i] = _whole(changes)
             for block in range(piece.first, piece.last):
                 first, last = task.block(block)
-                yield _Block(number=number, piece=i, task=task, block=block, first=first, last=last, changes=changes)
-                number += 1
+                yield Block(piece=i, task=task, block=block, first=first, last=last, changes=changes, scales=scales)
 
-    def _load(self, number: int) -> tuple[Loaded, ...] | Combination:
-        """The changes of task `number` with their tensors."""
-        task = self._plan.tasks[number]
-        if self._plan.combine.is_sum:
-            return self._reader.load_changes(task)
-        return replace(self._reader.load_combination(task), thresholds=self._thresholds.get(number, ()))
+    def _merge_block(self, lane: Lane, block: Block) -> _Done:
+        data, effect = write_values(lane, self._reader, block)
+        write_exact(self._fd_out(block.task.file), data, self._offset(block), self._plan.files[block.task.file].name)
+        return self._done(block, data, effect)
 
-    def _learn_scales(self, task: Task, tick: Callable[[], None]) -> None:
-        """Goes through the source of `task`, whole, if its elements depend on all of it in 4 bits; once."""
-        source, dense = task.source, self._reader.dense
-        packing = source.packing
-        if not isinstance(packing, Simulated) or not packing.double or dense.knows(source.name):
-            return
-
-        def measure(lane: Lane, span: tuple[int, int]) -> tuple[int, Tensor]:
-            with lane.work_order():
-                return span[0], dense.measure(lane.buffers, source, packing, *span)
-
-        found = sorted(self._lanes.each(packing.spans(), measure, tick), key=lambda each: each[0])
-        with memory_errors():
-            dense.learn(source.name, packing, [scales for _, scales in found])
-
-    def _find_thresholds(self, number: int, tick: Callable[[], None]) -> None:
-        """Goes through the deltas of task `number`, whole, for the smallest magnitude of each that is kept; once."""
-        task = self._plan.tasks[number]
-        if number in self._thresholds or not task.changes:
-            return
-        with memory_errors():
-            changes = self._reader.load_combination(task)
-
-        def counted(uppers: tuple[int, ...] | None) -> Tensor:
-            total = torch.zeros((), dtype=torch.int64)
-
-            def count(lane: Lane, block: tuple[int, int]) -> None:
-                nonlocal total
-                with lane.work_order():
-                    try:
-                        deltas = self._reader.read_deltas(lane.buffers, task, *block, changes.parts)
-                    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                        what = f"cannot be decomposed ({error}); is every value of the base finite?"
-                        raise VerifyError(what, where=task.name) from None
-                    found = histograms(deltas, uppers).cpu()
-                with self._lock:
-                    total = total + found
-
-            self._lanes.each(map(task.block, range(task.num_blocks)), count, tick)
-            return total
-
-        self._thresholds[number] = find_thresholds(task.source.numel, changes, counted)
-
-    def _merge_block(self, lane: Lane, block: _Block) -> _Done:
-        task, numel, squared = block.task, block.last - block.first, 0.0
-        applied: tuple[Applied, ...] = ()
-        if task.kind == "copy":
-            data = lane.buffers.view[: numel * ITEMSIZE[task.dtype]]
-            self._reader.read(task.source.data, block.first * ITEMSIZE[task.dtype], data, origin=task.origin)
-        else:
-            with lane.work_order():
-                base = self._reader.read_dense(lane.buffers, task.source, block.first, block.last, origin=task.origin)
-                out = lane.out[: numel * ITEMSIZE[task.dtype]].view(torch_dtype(task.dtype))
-                applied, squared = _apply(lane, block, base, out)
-                data = lane.download(numel * ITEMSIZE[task.dtype])
-        write_exact(self._fd_out(task.file), data, self._offset(block), self._plan.files[task.file].name)
-        return self._done(block, data, applied, squared)
-
-    def _check_block(self, lane: Lane, block: _Block) -> _Done:
+    def _check_block(self, lane: Lane, block: Block) -> _Done:
         task = block.task
-        data = lane.view[: (block.last - block.first) * ITEMSIZE[task.dtype]]
+        data = lane.view[: task.block_nbytes(block.block)]
         read_exact(self._fd_out(task.file), data, self._offset(block), self._plan.files[task.file].name)
         return self._done(block, data)
 
-    def _done(
-        self, block: _Block, data: memoryview, applied: tuple[Applied, ...] = (), applied_squared: float = 0.0
-    ) -> _Done:
+    def _done(self, block: Block, data: memoryview, effect: Effect = NOTHING) -> _Done:
         with self._lock:
             self.nbytes_done += len(data)
         return _Done(
-            number=block.number,
             piece=block.piece,
+            block=block.block,
             numel=block.last - block.first,
             crc32=zlib.crc32(data),
-            applied=applied,
-            applied_squared=applied_squared,
+            effect=effect,
         )
 
     def _close_others(self, file: int) -> None:
@@ -250,8 +191,8 @@ class Stream:
         for other in [number for number in self._outputs if number != file]:
             os.close(self._outputs.pop(other))
 
-    def _offset(self, block: _Block) -> int:
-        return block.task.begin + block.first * ITEMSIZE[block.task.dtype]
+    def _offset(self, block: Block) -> int:
+        return block.task.begin + block.task.block_begin(block.block)
 
     def _fd_out(self, file: int) -> int:
         with self._lock:
@@ -260,71 +201,48 @@ class Stream:
             return self._outputs[file]
 
 
-def _apply(lane: Lane, block: _Block, base: Tensor, out: Tensor) -> tuple[tuple[Applied, ...], float]:
-    """Writes `base` with its changes to `out`, rounded once; returns what each change did, and the sum of
-    (out - base)^2."""
-    if not block.changes:
-        out.copy_(base)
-        if not (lost := ~torch.isfinite(out)).any():
-            return (), 0.0
-        if (lost & torch.isfinite(base)).any():
-            raise _not_finite(block.task)
-        return (), 0.0
-    work = lane.buffers.work[: block.last - block.first]
-    work.copy_(base)
-    rows, top, left = as_rows(work, block.first, block.task.row_numel)
-    try:
-        if isinstance(block.changes, Combination):
-            applied = combine_changes(rows, block.changes, block=block.block, top=top, left=left)
-        else:
-            applied = apply_changes(rows, block.changes, top=top, left=left)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        if not torch.isfinite(base).all():
-            raise _base_not_finite(block.task) from None
-        raise VerifyError(f"cannot be decomposed ({error})", where=block.task.name) from None
-    out.copy_(work)
-    work.copy_(out).sub_(base)
-    squared = float(torch.dot(work, work))
-    if not 0 < squared < math.inf:  # float32 cannot hold it, or the sum is of values that are not finite
-        if not torch.isfinite(base).all():
-            raise _base_not_finite(block.task)
-        if not torch.isfinite(out).all():
-            raise _not_finite(block.task)
-        squared = float(work.cpu().double().square().sum())
-    return applied, squared
+def _batches(plan: Plan, segment: Segment) -> Iterator[range]:
+    """The numbers of the pieces of `segment` that can be worked on together: a tensor that is packed is measured
+    first, alone."""
+    begin = 0
+    for number, piece in enumerate(segment.pieces):
+        if plan.tasks[piece.task].form is not None:
+            if number > begin:
+                yield range(begin, number)
+            yield range(number, number + 1)
+            begin = number + 1
+    if begin < len(segment.pieces):
+        yield range(begin, len(segment.pieces))
 
 
-def _norms(changes: tuple[Loaded, ...] | Combination) -> tuple[float, ...]:
-    """The norm of each change as far as factors tell it, 0 for operators."""
+def _place(done: _Done) -> tuple[int, int]:
+    return done.piece, done.block
+
+
+def _whole(changes: tuple[Loaded, ...] | Combination) -> _Whole:
     if isinstance(changes, Combination):
-        return changes.delta_norms
-    return tuple(delta_norm(change.factors) if change.factors else 0.0 for change in changes)
-
-
-def _base_not_finite(task: Task) -> VerifyError:
-    return VerifyError("the base holds values that are not finite", where=task.name)
-
-
-def _not_finite(task: Task) -> VerifyError:
-    return VerifyError(
-        f"a merged value does not fit {task.dtype}",
-        where=task.name,
-        hint="--dtype bfloat16 or float32 has the range",
+        return _Whole(norms=changes.delta_norms)
+    return _Whole(
+        norms=tuple(delta_norm(change.factors) if change.factors else 0.0 for change in changes),
+        singular=singular_values(changes, max_r=LARGEST_SPECTRUM),
     )
 
 
-def _piece_record(i: int, task: Task, piece: Piece, norms: tuple[float, ...], done: list[_Done]) -> PieceRecord:
+def _piece_record(i: int, task: Task, piece: Piece, whole: _Whole, done: list[_Done]) -> PieceRecord:
     mine = [block for block in done if block.piece == i]
-    applied = [block.applied for block in mine]
+    applied = [block.effect.applied for block in mine if block.effect.applied]
+    sums = [block.effect.sums for block in mine if block.effect.sums is not None]
     return PieceRecord(
         task=piece.task,
         numel=sum(block.numel for block in mine),
         changed=tuple(sum(each[number].numel for each in applied) for number in range(len(task.changes))),
-        applied_squared=math.fsum(block.applied_squared for block in mine),
         delta_squared=tuple(
-            (norms[number] ** 2 if norms else 0.0) + math.fsum(each[number].squared for each in applied)
+            (whole.norms[number] ** 2 if whole.norms else 0.0) + math.fsum(each[number].squared for each in applied)
             for number in range(len(task.changes))
         ),
+        sums=total(sums) if sums else None,
+        singular=whole.singular,
+        not_finite=sum(block.effect.not_finite for block in mine),
     )
 
 

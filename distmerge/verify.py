@@ -62,7 +62,12 @@ def check_headers(plan: Plan, folder: Path) -> None:
 
     for number, file in enumerate(plan.files):
         path = folder / file.name
-        planned = {task.name: (task.dtype, task.source.shape, task.begin) for task in plan.tasks_of(number)}
+        planned = {}
+        for task in plan.tasks_of(number):
+            begin = task.begin
+            for part in task.parts:
+                planned[part.name] = (part.dtype, part.shape, begin)
+                begin += part.nbytes
         found = {spec.name: (spec.dtype, spec.shape, spec.begin) for spec in read_header(path).tensors}
         if planned != found:
             raise VerifyError("the header on disk is not the planned one", where=str(path))

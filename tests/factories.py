@@ -22,6 +22,7 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WORDS = [f"w{number}" for number in range(90)]  # of the tokenizer
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -332,4 +333,16 @@ def repeated_base(folder: Path, *, layers: int, hidden: int, inner: int) -> Path
                 opened.write(data[: 2 * rows * cols])
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
+    return folder
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """A tokenizer of 90 words, made on the spot."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: number for number, word in enumerate(["<unk>", "<s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>").save_pretrained(folder)
     return folder

@@ -98,8 +98,13 @@ class Change:
     def loading_nbytes(self) -> int:
         """Bytes that reading its tensors takes beside what is held: as stored, and for computing with them."""
         stored = sum(view.nbytes_read for view in self.tensors.values())
-        rank = self.tensors["a"].size[1] if self.operator == LORA else 0
-        return stored + sum(4 * view.numel for view in self.tensors.values()) + 24 * rank**2 + self.computed.nbytes
+        squares = 24 * self.r**2 if self.operator == LORA else 0
+        return stored + sum(4 * view.numel for view in self.tensors.values()) + squares + self.computed.nbytes
+
+    @property
+    def r(self) -> int:
+        """The inner dimension of its product of factors, 0 if only its operator knows whether it is one."""
+        return self.tensors["a"].size[1] if self.operator == LORA else int(self.operator == ADD)
 
     @property
     def scratch_nbytes(self) -> int:

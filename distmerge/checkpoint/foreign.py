@@ -65,6 +65,7 @@ def _module(name: str) -> str:
     return module.removesuffix(".weight") if module.endswith(".weight") else module
 
 
-def refusal(name: str, kind: str) -> InputError:
-    """The error for a weight that would have to be dequantized and cannot be."""
-    return InputError(f"is packed by {kind}, which cannot be dequantized", where=name, hint=HINT)
+def refusal(name: str, kind: str, *, quantize: bool = False) -> InputError:
+    """The error for a weight that would have to be dequantized and cannot be; `quantize` if that is to pack it anew."""
+    hint = f"leave out --quantize: {HINT}" if quantize else HINT
+    return InputError(f"is packed by {kind}, which cannot be dequantized", where=name, hint=hint)

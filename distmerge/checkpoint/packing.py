@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
 
 _SPAN_NUMEL = 1 << 19
+ROUNDED_NUMEL = 1 << 16  # elements that are rounded through 4 bits at once, whose temporaries are small
 
 # Temporaries of looking for values that are not finite, for each element of a block; in a block of the ordinary size
 # they are not worth counting.
@@ -191,8 +192,9 @@ class Simulated:
         return (numel + 2 * self.blocksize) * ITEMSIZE[self.dtype]
 
     def scratch_nbytes(self, numel: int) -> int:
-        """Bytes that packing and unpacking `numel` elements takes beside the lane's buffers."""
-        return 20 * (numel + 2 * self.blocksize)
+        """Bytes that packing and unpacking `numel` elements takes beside the lane's buffers, at most."""
+        # Up to 12 an element are in use at once; the C allocator keeps some of what was freed.
+        return 20 * (numel + 2 * self.blocksize + max(ROUNDED_NUMEL, self.blocksize))
 
     @property
     def kept_nbytes(self) -> int:

@@ -104,20 +104,39 @@ def copy_side_file(folder: Path, file: SideFile, target: Path) -> None:
         raise MachineError("changed during the merge", where=str(folder / file.name), hint="run the same command again")
 
 
-def output_config(base: Base, dtypes: dict[str, int], edits: ConfigEdits, *, recast: bool) -> bytes | None:
+def output_config(
+    base: Base,
+    dtypes: dict[str, int],
+    edits: ConfigEdits,
+    *,
+    recast: bool,
+    quantization: dict[str, Any] | None = None,
+) -> bytes | None:
     """config.json of the output, or None when the base's own bytes stay true.
 
     `dtypes` counts the output's elements by dtype; `recast` says that `--dtype` was given. Quantization sections go,
-    at every level, if nothing in the output is packed, else their skip lists grow; `dtype` becomes that of most floats
-    when it changed.
+    at every level, if nothing in the output is packed, else their skip lists grow, or `quantization` takes their place;
+    `dtype` becomes that of most floats when it changed.
     """
-    config = deepcopy(edits.config)
+    config = edited_config(edits)
     stale = edits.skipped is None and drop_sections(config)
     if edits.skipped is not None:
         add_skipped(config, edits.skipped, edits.skipped_by_default)
     if recast or (base.packed and edits.skipped is None):
         floats = {dtype: count for dtype, count in dtypes.items() if dtype in _DTYPE_NAMES}
         _set_dtype(config, _DTYPE_NAMES[max(floats, key=lambda dtype: floats[dtype])])
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    # The base's layers may have been repeated, so that `edits.config` is not what is on disk.
+    stored = read_object(base.folder / "config.json") if (base.folder / "config.json").exists() else {}
+    if config == stored and not stale:
+        return None
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def edited_config(edits: ConfigEdits) -> dict[str, Any]:
+    """The configuration with ties, vocabulary and head of the output; packing and dtype are the base's still."""
+    config = deepcopy(edits.config)
     if edits.untie:
         for part in nested_configs(config):
             if "tie_word_embeddings" in part:
@@ -129,11 +148,7 @@ def output_config(base: Base, dtypes: dict[str, int], edits: ConfigEdits, *, rec
                 part["vocab_size"] = edits.vocab[1]
     if edits.head is not None:
         _set_head(config, edits.head)
-    # The base's layers may have been repeated, so that `edits.config` is not what is on disk.
-    stored = read_object(base.folder / "config.json") if (base.folder / "config.json").exists() else {}
-    if config == stored and not stale:
-        return None
-    return (json.dumps(config, indent=2) + "\n").encode()
+    return config
 
 
 _HEADS = {

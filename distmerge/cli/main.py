@@ -9,7 +9,9 @@ import click
 
 from distmerge import __version__
 from distmerge.cli.checking import verify_command
+from distmerge.cli.evaluating import evaluate_command
 from distmerge.cli.merging import demo_command, inspect_command, merge_command, plan_command
+from distmerge.cli.reporting import report_command
 from distmerge.errors import DistmergeError, PeerFailed
 from distmerge.parent import die_with_parent, launched
 
@@ -24,7 +26,10 @@ def cli() -> None:
     """
 
 
-for _command in (merge_command, plan_command, verify_command, inspect_command, demo_command):
+for _command in (
+    *(merge_command, plan_command, verify_command, evaluate_command, report_command),
+    *(inspect_command, demo_command),
+):
     cli.add_command(_command)
 
 

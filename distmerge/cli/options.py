@@ -16,6 +16,8 @@ from distmerge.config import (
     DTYPES,
     EXPERT_B_ORDERS,
     LISTS,
+    QUANTIZE,
+    QUANTIZE_MODES,
     SIMULATE_QUANT,
     AdapterChoice,
     MergeConfig,
@@ -37,6 +39,9 @@ class _NBytes(click.ParamType[int]):
             return parse_nbytes(str(value))
         except UsageError as error:
             return self.fail(str(error), param, ctx)
+
+
+NBYTES = _NBytes()
 
 
 class _Nproc(click.ParamType[int | None]):
@@ -143,7 +148,8 @@ def _quant_options() -> list[Callable[[Any], Any]]:
             type=int,
             default=64,
             show_default=True,
-            help="Elements of a 4-bit block that share a scale.",
+            help="Elements of a 4-bit block that share a scale. This and the other --quant-... options hold for "
+            "--simulate-quant and --quantize alike.",
         ),
         _option(
             "--quant-double/--no-quant-double",
@@ -180,6 +186,20 @@ def _run_options() -> list[Callable[[Any], Any]]:
             help="Floats of the output; auto keeps each tensor's own.",
         ),
         _option(
+            "--quantize",
+            type=click.Choice(QUANTIZE),
+            default="none",
+            show_default=True,
+            help="Pack the output's linears in 4 bits, as bitsandbytes does; much of a tune can be lost.",
+        ),
+        _option(
+            "--quantize-mode",
+            type=click.Choice(QUANTIZE_MODES),
+            default="plain",
+            show_default=True,
+            help="Scales of packed blocks: their largest magnitudes, or fitted to make the error small.",
+        ),
+        _option(
             "--keep-quantized",
             is_flag=True,
             help="Leave packed tensors that nothing changes packed; default is to dequantize all of them.",
@@ -198,6 +218,7 @@ def _run_options() -> list[Callable[[Any], Any]]:
         ),
         _option("--allow-zero-delta", is_flag=True, help="Merge even if every delta is zero."),
         _option("--overwrite", is_flag=True, help="Replace an output that an earlier merge wrote."),
+        _option("--run-log", type=FOLDER, help="File for what each rank did and when, as JSON lines, for report."),
         _option("--timeout", type=float, default=600.0, show_default=True, help="Seconds until a silent rank is lost."),
         click.option(
             "--config",

@@ -1,8 +1,8 @@
 """Scales of 4-bit blocks fitted to the values: a smaller error than the largest magnitude gives, in the same format.
 
-The error of a block is the sum of (value - scale * code value)^2. For given codes the best scale is the quotient of
-sum(value * code value) and sum(code value^2); for a given scale the best codes are the nearest. Both are taken in turn,
-from several scales around the largest magnitude.
+The error of a block is the sum of (value - scale * code value)^2. Every scale that is tried makes the block's largest
+value one of the values that its codes can give, as the largest magnitude does: a smaller error that clips it, or rounds
+it, makes a worse model, since the largest weights count for more than their squares.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from distmerge.numerics.packing4 import Nested, codes, codes_for, nearest, nest, unnest
 
-_RATIOS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
-_ROUNDS = 2
+_LEAST_CODE = 0.5  # of the codes that the largest value may have
 _NUM_STEPS = 1024
 _CHUNK_NUMEL = 1 << 16  # what stays in a cache
 _SMALLEST = 1e-30
@@ -52,9 +51,8 @@ def fit(values: Tensor, absmax: Tensor, quant_map: Tensor, *, blocksize: int) ->
     """The plain scales `absmax` of `values`, and those that were fitted: no block's error is larger with them.
 
     `values` is a flat float tensor that begins with a block, and ends with one or with its tensor; `absmax`, float32
-    (nb,), holds the largest magnitudes of its blocks. Every block is fitted by itself. No scale is negative, which the
-    format would allow: it helps NF4, whose codes are not symmetric, but would lie too far from the mean of the others
-    for double quantization.
+    (nb,), holds the largest magnitudes of its blocks. Every block is fitted by itself. A scale may be negative, which
+    mirrors the codes: those of NF4 are not symmetric.
     """
     plain = codes(values, absmax, quant_map, first=0, blocksize=blocksize, numel=len(values))
     before = _scales(values, plain, absmax, quant_map, blocksize)
@@ -83,22 +81,28 @@ def settle(plain: Scales, fitted: Scales, *, double: bool) -> Settled:
 
 
 def _search(rows: Tensor, absmax: Tensor, quant_map: Tensor) -> Tensor:
-    """Better scales of `rows`, float32 (nb, blocksize), as far as codes tell that are nearest but for a step."""
+    """The best of the scales that give the largest value of each of `rows`, float32 (nb, blocksize), a code of its own,
+    as far as codes tell that are nearest but for a step."""
     steps = (torch.arange(_NUM_STEPS, device=rows.device) + 0.5) / (_NUM_STEPS / 2) - 1
     table = quant_map[nearest(steps, quant_map).int()]
     scaled, coded = torch.empty_like(rows), torch.empty_like(rows)
     index = torch.empty_like(rows, dtype=torch.int32)
-    best, most = absmax, torch.zeros_like(absmax)
-    for ratio in (*_RATIOS, *[None] * _ROUNDS):
-        scale = (best if ratio is None else absmax * ratio).clamp_min(_SMALLEST)
-        torch.mul(rows, (_NUM_STEPS / 2 / scale)[:, None], out=scaled)
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))[:, 0]
+    best, least = absmax, torch.full_like(absmax, torch.inf)
+    ordered = quant_map.sort().values
+    mirrored = torch.equal(ordered, -ordered.flip(0))  # a negative scale would change nothing
+    for code in quant_map[quant_map.abs() >= _LEAST_CODE].tolist():
+        if mirrored and code < 0:
+            continue
+        scale = largest.abs() / code if mirrored else largest / code
+        safe = torch.where(scale.abs() < _SMALLEST, _SMALLEST, scale)
+        torch.mul(rows, (_NUM_STEPS / 2 / safe)[:, None], out=scaled)
         index.copy_(scaled.add_(_NUM_STEPS / 2).clamp_(0, _NUM_STEPS - 1)).clamp_(0)  # NaN becomes anything
         torch.index_select(table, 0, index.view(-1), out=coded.view(-1))
         square = torch.mul(coded, coded, out=scaled).sum(1)
         product = coded.mul_(rows).sum(1)
-        # With the best scale for these codes the error is sum(value^2) less this.
-        gain = product * product / square
-        best, most = torch.where(gain > most, product / square, best), torch.maximum(gain, most)
+        error = scale * (scale * square - 2 * product)  # less sum(value^2)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 
 

@@ -112,15 +112,20 @@ def pair(codes: Tensor, quant_map: Tensor) -> Tensor:
     return (codes[::2] << 4) | codes[1::2]
 
 
+def unpacked(codes: Tensor, read: Tensor, quant_map: Tensor, *, first: int, blocksize: int) -> Tensor:
+    """What `codes`, uint8 (n,), mean under the scales `read`, float32 (n,); `first` and `blocksize` as for `codes`."""
+    values = quant_map.index_select(0, codes.int())
+    nf4.scale(values, read, first=first, blocksize=blocksize)
+    return values
+
+
 def through(
     values: Tensor, absmax: Tensor, read: Tensor, quant_map: Tensor, *, first: int, blocksize: int, numel: int
 ) -> Tensor:
     """What `values` are unpacked to, float32, after they were packed with the scales `absmax`, which are read back as
     `read`. The other arguments are those of `codes`."""
     found = codes(values, absmax, quant_map, first=first, blocksize=blocksize, numel=numel)
-    unpacked = quant_map.index_select(0, found.int())
-    nf4.scale(unpacked, read, first=first, blocksize=blocksize)
-    return unpacked
+    return unpacked(found, read, quant_map, first=first, blocksize=blocksize)
 
 
 def nest(absmax: Tensor) -> Nested:

@@ -7,8 +7,8 @@ from typing import Any
 
 from distmerge import __version__
 from distmerge.checkpoint.packing import Simulated
-from distmerge.checkpoint.quantization import sections
 from distmerge.plan import Plan
+from distmerge.report.verdict import Verdict
 
 _AUTO_CLASSES = (
     *((f"For{task}", f"AutoModelFor{task}") for task in ("CausalLM", "SequenceClassification", "TokenClassification")),
@@ -19,7 +19,7 @@ _AUTO_CLASSES = (
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, Any]) -> str:
+def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, Any], verdict: Verdict) -> str:
     """The model card in Markdown, with metadata that the Hub reads; `config` is the output's configuration."""
     from huggingface_hub import ModelCardData
 
@@ -55,10 +55,12 @@ def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, A
             for adapter in plan.adapters
         ),
         "",
-        f"All {num_applied} adapter tensors were applied exactly once, in float32, and each element was rounded once. "
-        + _packing(plan, config)
+        f"All {num_applied} adapter tensors were applied exactly once, in float32, and each element was rounded once"
+        + _forms(plan)
+        + _packing(plan)
         + "`merge_receipt.json` lists every adapter tensor with the tensor it went into, and every file's SHA-256.",
         "",
+        *_survival(verdict),
         "```python",
         f"from transformers import {auto_class}",
         "",
@@ -72,8 +74,33 @@ def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, A
     return "\n".join(lines)
 
 
-def _packing(plan: Plan, config: dict[str, Any]) -> str:
-    """What was packed, and what still is."""
+def _survival(verdict: Verdict) -> list[str]:
+    """What is left of the change after rounding, as a paragraph."""
+    if verdict.cosine is None or verdict.kept is None or verdict.cosines is None:
+        return []
+    low, high = verdict.cosines
+    return [
+        f"After rounding {100 * verdict.kept:.1f} % of the change is left along its own direction (cosine "
+        f"{verdict.cosine:.4f}; {low:.4f} to {high:.4f} over {verdict.num_changed} tensors).",
+        "",
+    ]
+
+
+def _forms(plan: Plan) -> str:
+    """The end of the sentence on rounding: what was packed after it, and how."""
+    forms = [task.form for task in plan.tasks if task.form]
+    if not forms:
+        return ". "
+    form = forms[0]
+    scales = "scales fitted to make the error small" if form.fitted else "bitsandbytes' own scales"
+    return (
+        f" to its dtype. Then {len(forms)} linear weights were packed in {form.kind.upper()} with {scales} (blocks of "
+        f"{form.blocksize}{', double quantization' * form.double}), which rounds them once more. "
+    )
+
+
+def _packing(plan: Plan) -> str:
+    """What the base was to begin with, and what of it is kept."""
     packings = [task.source.packing for task in plan.tasks if task.source.packing]
     if rounded := {packing.kind for packing in packings if isinstance(packing, Simulated)}:
         through = _join([kind.upper() for kind in rounded])
@@ -84,7 +111,7 @@ def _packing(plan: Plan, config: dict[str, Any]) -> str:
     kinds = sorted({packing.kind for packing in packings})
     seen = ", those that training saw" if {*kinds} <= {"nf4", "fp4"} else ""
     text = f"The base was packed in {_join(kinds)}; the deltas were added to its dequantized values{seen}. "
-    return text * bool(kinds) + "What no adapter changes is still packed. " * bool(sections(config))
+    return text * bool(kinds) + "What no adapter changes is still packed. " * bool(plan.num_kept)
 
 
 def _auto_class(config: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
+from distmerge.checkpoint.packed_form import PackedForm
 from distmerge.checkpoint.packing import Simulated
 from distmerge.config import MergeConfig
 from distmerge.plan import Plan, count_lanes
@@ -40,6 +41,7 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         "kinds": kinds,
         "packed_tensors": sum(formats.values()),
         "packed_formats": dict(formats),
+        "packed_output": dict(Counter(_form(task.form) for task in plan.tasks if task.form)),
         "simulated": _simulated(plan),
         "adapters": [asdict(adapter) for adapter in plan.adapters],
         "files": [{"name": file.name, "bytes": file.nbytes} for file in plan.files],
@@ -77,6 +79,8 @@ def plan_table(facts: dict[str, Any]) -> str:
     if facts["packed_tensors"]:
         kinds = " and ".join(sorted(facts["packed_formats"]))
         rows.append(("packed", f"{facts['packed_tensors']} tensors are dequantized from {kinds}"))
+    for form, count in facts["packed_output"].items():
+        rows.append(("pack", f"{count} tensors into {form}"))
     if simulated := facts["simulated"]:
         double = "with" if simulated["double"] else "without"
         form = f"{simulated['kind'].upper()} in blocks of {simulated['blocksize']}, {double} double quantization"
@@ -98,6 +102,11 @@ def plan_table(facts: dict[str, Any]) -> str:
     if facts["room_free"] < facts["room_needed"]:
         lines.append(f"{'warning':<9}the output does not fit in {os.path.dirname(facts['output']) or '.'}")
     return "\n".join(lines)
+
+
+def _form(form: PackedForm) -> str:
+    scales = "fitted scales" if form.fitted else "plain scales"
+    return f"{form.kind.upper()}, blocks of {form.blocksize}, {scales}{', double quantization' * form.double}"
 
 
 def _shards(files: list[dict[str, Any]]) -> str:

@@ -332,6 +332,12 @@ def test_tensors_of_a_method_are_recognised_without_a_configuration(method: str,
     scene_of(tmp_path, FOREIGN[method][1], None).refuse(words, W)
 
 
+def test_what_cannot_be_dequantized_is_not_packed_anew_and_the_hint_leads_to_a_merge(tmp_path: Path) -> None:
+    scene = scene_of(tmp_path, FOREIGN["gptq"][1], FOREIGN["gptq"][0], target="lm_head")
+    scene.refuse("'gptq'", W, hint="leave out --quantize: if the adapter changes none of them", quantize="nf4")
+    scene.merge(keep_quantized=True)
+
+
 def test_a_matrix_that_is_stored_transposed_and_does_not_fit_the_budget_is_refused(tmp_path: Path) -> None:
     tensors = formats.mxfp4(EXPERTS, noise(1, 2048, 2048))
     scene = scene_of(tmp_path, tensors, MXFP4, target="lm_head")

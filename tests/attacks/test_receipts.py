@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 import distmerge
 from distmerge import AdapterChoice, MergeConfig
-from distmerge.errors import DistmergeError
+from distmerge.errors import DistmergeError, InputError
 from distmerge.inspection import inspect
+from distmerge.report.folder import write_report
 from tests.attacks.scene import Scene, failure
 
 
@@ -46,6 +48,7 @@ def _spoil(scene: Scene, path: tuple[str | int, ...], value: Any) -> Path:
 
 
 _SHARD = "config.json"
+_TENSOR = "model.layers.0.self_attn.q_proj.weight"
 _FIELDS: list[tuple[str | int, ...]] = [
     ("version",),
     ("plan",),
@@ -69,6 +72,14 @@ _FIELDS: list[tuple[str | int, ...]] = [
     ("files", _SHARD),
     ("files", _SHARD, "bytes"),
     ("files", _SHARD, "sha256"),
+    ("tensors",),
+    ("tensors", _TENSOR),
+    ("tensors", _TENSOR, "numel"),
+    ("tensors", _TENSOR, "survival"),
+    ("tensors", _TENSOR, "survival", "delta_norm"),
+    ("tensors", _TENSOR, "survival", "cosine"),
+    ("tensors", _TENSOR, "singular_values"),
+    ("tensors", _TENSOR, "singular_values", 0),
 ]
 
 
@@ -83,11 +94,26 @@ def test_a_spoiled_receipt_is_never_a_traceback(merged: Scene, path: tuple[str |
         lambda: inspect(merged.output),
         lambda: distmerge.plan(merged.config()),
         lambda: distmerge.plan(merged.config(base=merged.output, output=merged.folder / "again")),
+        lambda: write_report(merged.output),
         merged.merge,
     ]
     for call in calls:
         error = failure(call)
         assert error is None or error.exit_code in (3, 4), error
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("delta_norm", value) for value in (math.nan, math.inf, -1.0, 1e200, 1e-200)),
+        *(("cosine", value) for value in (math.nan, 1.5, -2.0)),
+        *(("unchanged", value) for value in (math.nan, -0.1, 2.0)),
+    ],
+)
+def test_numbers_that_no_tensor_has_are_refused(merged: Scene, field: str, value: float) -> None:
+    _spoil(merged, ("tensors", _TENSOR, "survival", field), value)
+    with pytest.raises(InputError, match="is not a receipt"):
+        write_report(merged.output)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..", "", "\x1b[31m"])

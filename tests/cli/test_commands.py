@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -239,6 +240,25 @@ def test_verify_exits_with_4_on_any_other_damage(cli: Cli, inputs: Inputs, spoil
     assert cli("verify", inputs.output, code=4).out == ""
 
 
+def test_verify_tells_programs_what_is_wrong(cli: Cli, inputs: Inputs) -> None:
+    cli("merge", *inputs.folders)
+    for path in sorted(inputs.output.glob("*.safetensors"))[:2]:
+        path.write_bytes(path.read_bytes()[:-1])
+    said = cli("verify", inputs.output, "--json", code=4)
+    findings = json.loads(said.out)["findings"]
+    assert [finding.keys() for finding in findings] == [{"where", "what", "hint"}] * 2
+    assert said.err.count("error:") == 1
+    assert all(finding["where"] in said.err for finding in findings)
+
+
+@pytest.mark.parametrize("depth", ["sample", "probe", "full"])
+def test_verify_says_how_deep_it_looked(depth: str, cli: Cli, inputs: Inputs) -> None:
+    cli("merge", *inputs.folders)
+    said = cli("verify", inputs.output, "--base", inputs.base, "--adapter", inputs.adapter, "--depth", depth)
+    words = {"sample": "100.0 % were looked at", "probe": "14 merged linears", "full": "56 norms"}
+    assert words[depth] in said.out
+
+
 def test_verify_refuses_other_inputs_than_those_of_the_merge(cli: Cli, own: Inputs) -> None:
     cli("merge", *own.folders)
     inputs = ("--base", own.base, "--adapter", own.adapter)
@@ -369,3 +389,31 @@ def test_the_demo_runs_from_end_to_end(distmerge: Command, cli: Cli, tmp_path: P
     assert "float64" in done.stdout
     assert str(folder / "merged") in done.stdout
     cli("verify", folder / "merged")
+
+
+# -- evaluate
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluate_says_its_verdict_in_words_and_as_json(cli: Cli, own: Inputs, tmp_path: Path) -> None:
+    factories.add_tokenizer(own.base)
+    cli("merge", *own.folders)
+    (tmp_path / "text.txt").write_text(" ".join(factories.WORDS * 2))
+    command = ("evaluate", own.output, "--base", own.base, "--adapter", own.adapter, "--text", tmp_path / "text.txt")
+    said = cli(*command)
+    assert re.search(r"^merged equals unmerged: mean KL \d\.\d\de-\d\d, top-1 \d+\.\d\d %$", said.out, re.MULTILINE)
+    found = json.loads(cli(*command, "--json", "--max-tokens", "20").out)
+    assert found["num_tokens"] == 20
+    assert 0 < found["mean_kl"] < 1e-4
+    said = cli(*command, "--max-kl", "0", code=4)
+    assert "merged differs from unmerged" in said.err
+    assert said.out == ""
+
+
+def test_evaluate_says_what_to_install(cli: Cli, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli("merge", *inputs.folders)
+    monkeypatch.setitem(sys.modules, "peft", None)  # what an import finds that is not installed
+    command = ("evaluate", inputs.output, "--base", inputs.base, "--adapter", inputs.adapter, "--text", __file__)
+    said = cli(*command, code=2)
+    assert "'peft' not installed" in said.err
+    assert "pip install 'distmerge[evaluate]'" in said.err

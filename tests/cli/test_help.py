@@ -11,7 +11,7 @@ import pytest
 from distmerge.cli.main import cli as group
 from tests.conftest import environment
 
-COMMANDS = ("merge", "plan", "verify", "inspect", "demo")
+COMMANDS = ("merge", "plan", "verify", "evaluate", "inspect", "demo")
 
 
 def test_all_commands_of_the_contract_are_there() -> None:

@@ -182,3 +182,22 @@ def test_a_merged_output_can_be_the_base_of_the_next_merge(
     oracles.assert_merged(merge(copied, other_adapter, tmp_path / "out"), load_folder(copied), [(other_adapter, 1.0)])
     with pytest.raises(distmerge.DistmergeError, match="is merged into this base already"):
         merge(copied, adapter, tmp_path / "again")
+
+
+def test_a_program_gets_its_own_settings_of_torch_back(base: Path, adapter: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    expected = digests(merge(base, adapter, tmp_path / "plain"))
+    try:
+        torch.set_num_threads(2)
+        torch.set_float32_matmul_precision("medium")
+        torch.set_default_dtype(torch.float64)
+        out = merge(base, adapter, tmp_path / "out")
+        distmerge.verify(out, base=base, adapters=(distmerge.AdapterChoice(folder=adapter),))
+        assert torch.get_num_threads() == 2
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_default_dtype() == torch.float64
+        assert digests(out) == expected
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+        torch.set_default_dtype(before[2])

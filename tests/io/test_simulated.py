@@ -324,6 +324,37 @@ def test_options_of_packing_that_mean_nothing_are_refused(option: str, value: An
         merge(tmp_path, tmp_path, tmp_path / "out", **{option: value})
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("quant_blocksize", 128),
+        ("quant_double", False),
+        ("quant_compute_dtype", "float16"),
+        ("quant_skip", ("k_proj",)),
+    ],
+)
+def test_options_of_packing_are_refused_where_nothing_goes_through_4_bits(
+    option: str, value: Any, tmp_path: Path
+) -> None:
+    choices = (distmerge.AdapterChoice(folder=tmp_path),)
+    files = {"base": tmp_path, "adapters": choices, "output": tmp_path / "out"}
+    with pytest.raises(UsageError, match=rf"{option.replace('_', '-')} given, but nothing goes through 4 bits"):
+        distmerge.MergeConfig(**files, **{option: value})
+    for chosen in ({"simulate_quant": "nf4"}, {"quantize": "fp4"}):
+        distmerge.MergeConfig(**files, **chosen, **{option: value})
+
+
+@pytest.mark.parametrize("option", ["simulate_quant", "quantize"])
+def test_a_name_to_skip_that_no_module_has_is_refused(option: str, tmp_path: Path) -> None:
+    dense, adapter = small(tmp_path)
+    for skip, hint in (("zzz", "the end of a module's name"), ("kproj", "did you mean 'k_proj'")):
+        with pytest.raises(InputError, match=f"'{skip}' names no module of LlamaForCausalLM") as caught:
+            merge(dense, adapter, tmp_path / "out", **{option: "nf4", "quant_skip": ("lm_head", skip)})
+        assert hint in caught.value.hint
+    for number, skip in enumerate(("embed_tokens", "model.layers.0.self_attn", r"model\.layers\.\d+\.mlp")):
+        merge(dense, adapter, tmp_path / f"out-{number}", **{option: "nf4", "quant_skip": ("lm_head", skip)})
+
+
 def test_a_plan_says_what_is_simulated_and_an_adapter_of_a_packed_base_asks_for_it(tmp_path: Path) -> None:
     dense, adapter = small(tmp_path)
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="unsloth/llama-bnb-4bit")

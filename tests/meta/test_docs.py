@@ -38,6 +38,8 @@ def test_every_promise_names_a_test_that_exists() -> None:
     names = re.findall(r"`(test_\w+)`", promises)
     assert len(names) >= 7
     assert [name for name in names if f"def {name}(" not in sources] == []
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. \*\*", promises, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

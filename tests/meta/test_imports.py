@@ -24,9 +24,12 @@ LAYERS = [
     ["storage", "config", "progress", "parent"],
     ["numerics", "checkpoint", "world"],
     ["adapter"],
-    ["layout", "outputs", "keeping", "plan", "dense", "reader", "lanes", "stream", "simulate", "rounding", "doubts"],
-    ["claim", "work", "verify", "receipt", "report", "publish", "share"],
-    ["merge", "audit", "inspection", "demo"],
+    [
+        *("layout", "forms", "outputs", "keeping", "plan", "dense", "reader", "lanes", "stream", "simulate"),
+        *("rounding", "packer", "blocks", "first_pass", "shards", "doubts"),
+    ],
+    ["claim", "work", "verify", "receipt", "report", "publish", "share", "runlog"],
+    ["merge", "audit", "inspection", "demo", "evaluation"],
     ["run"],
     ["cli"],
     ["__main__"],
@@ -40,8 +43,13 @@ DOORS = {
     "rich": {"distmerge.progress"},
     "huggingface_hub": {"distmerge.report.card"},
     "bitsandbytes": set(),
-    "transformers": {"distmerge.adapter.naming.conversion", "distmerge.adapter.naming.linears"},
-    "peft": set(),
+    "matplotlib": {"distmerge.report.figures"},
+    "transformers": {
+        *("distmerge.adapter.naming.conversion", "distmerge.adapter.naming.linears"),
+        "distmerge.evaluation.models",
+    },
+    "peft": {"distmerge.evaluation.models"},
+    "accelerate": {"distmerge.evaluation.models"},
     "pickle": set(),
 }
 PURE = ("os", "pathlib", "io", "logging", "distmerge.storage", "distmerge.world")

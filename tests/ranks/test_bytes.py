@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distmerge.runlog import read_run_log
 from tests import factories
 from tests.conftest import Command, environment, tree
 from tests.ranks.conftest import Undisturbed
@@ -54,6 +55,16 @@ def test_more_ranks_than_segments_or_many_tiny_shards(
     assert (sum(name.endswith(".safetensors") for name in one) == 1) == (shard == "50GB")
 
 
+def test_a_packed_output_of_a_simulated_base_is_the_same_on_three_ranks(
+    distmerge: Command, torchrun: Command, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    args = ("merge", "--base", base, "--adapter", adapter, "--simulate-quant", "nf4", "--quantize", "nf4")
+    args += ("--quantize-mode", "fitted", "--max-shard-size", "60KB")
+    distmerge(*args, "--output", tmp_path / "one", "--nproc", 1)
+    torchrun(*args, "--output", tmp_path / "three", "--memory-budget", "128MiB", nproc=3)
+    assert tree(tmp_path / "three") == tree(tmp_path / "one")
+
+
 def test_a_second_run_of_the_same_command_leaves_the_output_alone(
     distmerge: Command, torchrun: Command, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -77,3 +88,18 @@ def test_variables_do_not_change_what_a_call_from_python_writes(base: Path, adap
     command = [sys.executable, "-c", call, str(base), str(adapter), str(tmp_path / "out2")]
     subprocess.run(command, check=True, timeout=240, env=variables)
     assert tree(tmp_path / "out2") == tree(expected)
+
+
+def test_a_run_log_tells_of_every_rank_and_segment_and_leaves_the_output_as_it_is(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    output, log = tmp_path / "merged", tmp_path / "run.jsonl"
+    with launch(*undisturbed.args, "--run-log", log, output=output, nproc=2, torchrun=None) as running:
+        assert running.wait() == 0, running.stderr
+    assert tree(output) == undisturbed.files
+    ranks = read_run_log(log)
+    assert [rank.rank for rank in ranks] == [0, 1]
+    spans = [span for rank in ranks for span in rank.spans]
+    assert sorted(span.segment for span in spans) == list(range(len(undisturbed.plan.segments)))
+    assert all(span.nbytes == undisturbed.plan.segments[span.segment].nbytes for span in spans)
+    assert all(rank.spans and rank.start <= rank.spans[0].start < rank.spans[-1].end <= rank.end for rank in ranks)

@@ -14,7 +14,7 @@ import torch
 
 from tests import oracles
 from tests.conftest import Command, digests
-from tests.factories import load_folder
+from tests.factories import load_folder, merge
 from tests.real import smollm2
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
@@ -122,3 +122,16 @@ def test_the_original_weights_read_through_nf4_give_what_the_packed_checkpoint_g
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_fitted_scales_lose_less_of_every_tensor_of_the_real_model(folders: Folders, tmp_path: Path) -> None:
+    dense = load_folder(merge(folders.dense, smollm2.ADAPTER, tmp_path / "dense"))
+    errors: dict[str, dict[str, float]] = {}
+    for mode in ("plain", "fitted"):
+        output = merge(folders.dense, smollm2.ADAPTER, tmp_path / mode, quantize="nf4", quantize_mode=mode)
+        packed = oracles.dense(load_folder(output))
+        errors[mode] = {name: float((packed[name].double() - dense[name].double()).norm()) for name in dense}
+        print(f"{mode}: perplexity {smollm2.perplexity(smollm2.model_of(folders.dense, packed), NUM_TEXTS):.3f}")
+    linears = [name for name, error in errors["plain"].items() if error > 0]
+    assert len(linears) == 210
+    assert all(errors["fitted"][name] < errors["plain"][name] for name in linears)

@@ -240,7 +240,8 @@ def test_float64_with_the_decisions_of_float32_is_within_its_noise_and_has_no_ro
     out = base.clone()
     combine_changes(out, combination, block=0, top=0, left=0)
     again = {"first": 0, "row_numel": SHAPE[1]}
-    oracle, noise = recompute_combined(base.double().view(-1), combination, wide, block=0, **again)
+    exact = recompute_combined(base.double().view(-1), combination, wide, block=0, **again)
+    oracle, noise = exact.values, exact.noise()
     assert distance(out.view(-1), oracle, noise).num_beyond == 0
     changed = (values[0] - 3e-3).view(-1)  # far more than noise, far less than most elements
     off = out.view(-1) + 1e-2 * changed
@@ -255,7 +256,8 @@ def test_where_float32_noise_could_decide_otherwise_either_decision_is_accepted(
     exact = values[0].double()
     exact.view(-1)[at] *= 1 - 1e-7  # as if float32 had rounded it up
     base = torch.zeros(exact.numel(), dtype=torch.float64)
-    oracle, noise = recompute_combined(base, combination, parts_of([exact]), block=0, first=0, row_numel=SHAPE[1])
+    again = recompute_combined(base, combination, parts_of([exact]), block=0, first=0, row_numel=SHAPE[1])
+    oracle, noise = again.values, again.noise()
     either = oracle.clone().float()
     either[at] = 0.0
     assert distance(either, oracle, noise).num_beyond == 0

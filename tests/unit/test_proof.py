@@ -40,8 +40,10 @@ def honest(plan: Plan) -> tuple[list[SegmentRecord], list[ShardRecord]]:
                     task=piece.task,
                     numel=numel,
                     changed=(numel,) * len(task.changes),
-                    applied_squared=1.0,
                     delta_squared=(1.0,) * len(task.changes),
+                    sums=None,
+                    singular=(),
+                    not_finite=0,
                 )
             )
         segments.append(SegmentRecord(segment=number, crc32=0, pieces=tuple(pieces)))

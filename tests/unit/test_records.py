@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distmerge.config import AdapterChoice, MergeConfig
+from distmerge.numerics.survival import Sums
 from distmerge.plan import Plan, make_plan
+from distmerge.runlog import RankLog, Span
 from distmerge.share import Records
 from distmerge.storage.records import decode, encode
 from distmerge.stream import PieceRecord, SegmentRecord
@@ -20,23 +22,53 @@ from distmerge.work import ShardRecord
 
 COUNT = st.integers(0, 1 << 62)
 NUMBER = st.floats(min_value=0, allow_infinity=False)
+SUMS = st.builds(
+    Sums,
+    numel=COUNT,
+    unchanged=COUNT,
+    largest_delta=NUMBER,
+    base_squared=NUMBER,
+    delta_squared=NUMBER,
+    applied_squared=NUMBER,
+    product=st.floats(allow_nan=False, allow_infinity=False),
+    quant_squared=st.none() | NUMBER,
+    pack_squared=st.none() | NUMBER,
+    plain_pack_squared=st.none() | NUMBER,
+)
 PIECE = st.builds(
     PieceRecord,
     task=COUNT,
     numel=COUNT,
     changed=st.lists(COUNT, max_size=3).map(tuple),
-    applied_squared=NUMBER,
     delta_squared=st.lists(NUMBER, max_size=3).map(tuple),
+    sums=st.none() | SUMS,
+    singular=st.lists(NUMBER, max_size=3).map(tuple),
+    not_finite=COUNT,
 )
 SEGMENT = st.builds(SegmentRecord, segment=COUNT, crc32=COUNT, pieces=st.lists(PIECE, max_size=4).map(tuple))
 SHARD = st.builds(ShardRecord, file=COUNT, nbytes=COUNT, sha256=st.text())
+BEGIN, END = st.floats(0, 1e9), st.floats(1e9, 1e10)
+SPAN = st.builds(Span, segment=COUNT, start=BEGIN, end=END, nbytes=COUNT, kept=st.booleans())
+LOG = st.builds(
+    RankLog,
+    rank=COUNT,
+    host=st.text(),
+    device=st.text(),
+    start=BEGIN,
+    end=END,
+    spans=st.lists(SPAN, max_size=3).map(tuple),
+)
 RECORDS = st.builds(
     Records,
     segments=st.lists(SEGMENT, max_size=3).map(tuple),
     shards=st.lists(SHARD, max_size=3).map(tuple),
-    num_kept=COUNT,
+    log=LOG,
 )
-PIECE_JSON = {"task": 1, "numel": 2, "changed": [2], "applied_squared": 0.5, "delta_squared": [1.0]}
+SUMS_JSON: dict[str, Any] = {"numel": 2, "unchanged": 1, "largest_delta": 1.0, "base_squared": 4.0}
+SUMS_JSON |= {"delta_squared": 1.0, "applied_squared": 0.5, "product": 0.5, "quant_squared": None, "pack_squared": None}
+SUMS_JSON |= {"plain_pack_squared": None}
+PIECE_JSON: dict[str, Any] = {"task": 1, "numel": 2, "changed": [2], "delta_squared": [1.0]}
+PIECE_JSON |= {"sums": SUMS_JSON, "singular": [1.0], "not_finite": 0}
 
 
 @given(RECORDS)
@@ -67,8 +99,11 @@ def test_equal_values_have_equal_text_whatever_the_order_of_their_keys() -> None
         {"task": True},
         {"task": 1.0},
         {"task": None},
-        {"applied_squared": "0.5"},
-        {"applied_squared": None},
+        {"not_finite": None},
+        {"singular": None},
+        {"sums": {}},
+        {"sums": {**SUMS_JSON, "applied_squared": "0.5"}},
+        {"sums": {**SUMS_JSON, "applied_squared": None}},
         {"delta_squared": [None]},
         {"delta_squared": ["x"]},
         {"delta_squared": 5},

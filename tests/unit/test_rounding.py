@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distmerge.numerics.rounding import distance, ulp
+from distmerge.numerics.rounding import distance, half_ulp, not_surely_nearest, ulp
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 ANY = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -99,3 +99,29 @@ def test_a_value_that_is_not_finite_is_beyond_everything(dtype: torch.dtype) -> 
     for value in (torch.nan, torch.inf, -torch.inf):
         found = distance(torch.tensor([value], dtype=dtype), one, one)
         assert (found.num_beyond, found.num_not_nearest) == (1, 1)
+
+
+@ANY
+def test_half_an_ulp_of_a_stored_value_is_half_the_spacing_above_it(dtype: torch.dtype) -> None:
+    values = samples(dtype)
+    expected = ulp(values.double(), dtype) / 2
+    assert torch.equal(half_ulp(values), expected)
+
+
+@ANY
+def test_an_element_that_is_not_the_nearest_value_is_always_among_the_doubtful_ones(dtype: torch.dtype) -> None:
+    values = samples(dtype)
+    values = values[values.abs() < torch.finfo(dtype).max / 2]
+    generator = torch.Generator().manual_seed(2)
+    wide = values.double()
+    # Right at the middle between two values, and a hair beside it, where two roundings go wrong.
+    hair = torch.randint(-1, 2, (len(values),), generator=generator).double() * 1e-9
+    oracle = wide + ulp(wide, dtype) * (0.5 + hair) * wide.sign()
+    noise = torch.zeros(len(values), dtype=torch.float64)
+    sure = torch.ones(len(values), dtype=torch.bool)
+    sure[not_surely_nearest(values, oracle)] = False
+    assert distance(values[sure], oracle[sure], noise[sure]).max_ulp <= 0.5
+    assert distance(values[sure], oracle[sure], noise[sure]).num_not_nearest == 0
+    clear = values[values.abs() >= torch.finfo(dtype).tiny]
+    assert not_surely_nearest(clear, clear.double() * (1 + 2.0**-26)).numel() == 0
+    assert torch.tensor(float("nan")).to(dtype).view(1)[not_surely_nearest(values[:1] * torch.nan, wide[:1])].isnan()
