@@ -71,6 +71,5 @@ def plain_error(oracle: Tensor, dtype: torch.dtype, quant_map: Tensor, blocksize
     absmax = packing4.block_absmax(values, blocksize)
     sizes = {"first": 0, "blocksize": blocksize}
     codes = packing4.codes(values, absmax, quant_map, numel=len(values), **sizes)
-    read = quant_map[codes.int()]
-    nf4.scale(read, absmax, **sizes)
-    return float((read.to(dtype).double() - oracle).square().sum())
+    read = packing4.unpacked(codes, absmax, quant_map, **sizes).to(dtype)
+    return float((read.double() - oracle).square().sum())
