@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.errors import InputError, Interrupted
+from distmerge.numerics.precision import full_precision
 from distmerge.plan import Plan, make_plan
 from distmerge.stream import Stream
 from distmerge.work import ShardRecord, WorkFolder
@@ -35,16 +38,12 @@ class Halfway:
         return self.work.model / f"{self.plan.files[self.plan.segments[segment].file].name}.part"
 
 
-class stream_of:
-    def __init__(self, plan: Plan, base: Path, adapter: Path, work: WorkFolder) -> None:
-        opener = lambda number: work.open_file(plan, number)  # noqa: E731
-        self.stream = Stream(plan, base, (adapter,), opener, device=torch.device("cpu"), num_lanes=2)
-
-    def __enter__(self) -> Stream:
-        return self.stream
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
+@contextmanager
+def stream_of(plan: Plan, base: Path, adapter: Path, work: WorkFolder) -> Iterator[Stream]:
+    opener = lambda number: work.open_file(plan, number)  # noqa: E731
+    stream = Stream(plan, base, (adapter,), opener, device=torch.device("cpu"), num_lanes=2)
+    with full_precision(num_threads=1), closing(stream):
+        yield stream
 
 
 @pytest.fixture(params=["base", "packed_base"])
