@@ -14,7 +14,7 @@ from pathlib import Path
 
 from distmerge.errors import InputError, MachineError, printable
 
-WRITE_NBYTES = 1 << 20  # larger buffered writes ask the kernel for huge folios and run several times slower
+WRITE_NBYTES = 1 << 18  # larger buffered writes ask the kernel for huge folios, and may wait for them
 READ_NBYTES = 4 << 20
 
 _ADVICE = {
@@ -72,7 +72,7 @@ def read_exact(fd: int, view: memoryview, offset: int, where: str | Path) -> Non
 
 
 def write_exact(fd: int, view: memoryview, offset: int, where: str | Path) -> None:
-    """Writes all of `view` at `offset` of the file, in slices of at most 1 MiB."""
+    """Writes all of `view` at `offset` of the file, in slices of at most 256 KiB."""
     done = 0
     while done < len(view):
         with io_errors(where):
