@@ -15,7 +15,7 @@ from distmerge.checkpoint.packing import Stored
 # The unit of reading, arithmetic and writing. It is a constant, not a share of the memory budget: the same matrix
 # products in the same shapes give the same bits, whatever the budget and the number of ranks.
 BLOCK_NUMEL = 1 << 19
-MEASURED_NUMEL = BLOCK_NUMEL // 2  # elements of which is measured at once what is left of a change
+MEASURED_NUMEL = BLOCK_NUMEL  # elements of which is measured at once what is left of a change
 KEPT_STACKS = 2  # of experts' factors: those of the projections up and down
 LARGEST_SPECTRUM = 256  # the largest r of a delta whose singular values are computed
 _SEGMENT_NBYTES = (16 << 20, 128 << 20)

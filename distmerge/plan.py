@@ -123,6 +123,11 @@ class Plan:
         return tuple(n - adapter.initial for n, adapter in enumerate(self.adapters))
 
     @property
+    def nbytes_to_read(self) -> int:
+        """Bytes of the base's weight files."""
+        return sum(mark.nbytes for mark in self.base_files)
+
+    @property
     def nbytes_to_write(self) -> int:
         return sum(file.nbytes for file in self.files)
 

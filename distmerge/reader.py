@@ -15,7 +15,7 @@ from distmerge.adapter.changes import ADD, LORA, Change
 from distmerge.adapter.views import View
 from distmerge.checkpoint.base import FileMark, check_mark
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
-from distmerge.checkpoint.packing import Stored
+from distmerge.checkpoint.packing import Foreign, Simulated, Stored
 from distmerge.dense import Buffers, Dense, settle
 from distmerge.layout import KEPT_STACKS, Task
 from distmerge.numerics.apply import Loaded, as_rows, in_float64
@@ -24,7 +24,7 @@ from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.lora import Factors
 from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 from distmerge.plan import Plan
-from distmerge.storage.files import open_input, read_exact
+from distmerge.storage.files import drop_cache, open_input, read_exact
 
 _MAX_OPEN = 64
 
@@ -56,6 +56,17 @@ class Reader:
     def buffers(self) -> Buffers:
         """Buffers that fit every block of the plan."""
         return Buffers(self._plan, self._device)
+
+    def forget(self, task: Task, first: int, last: int) -> None:
+        """Gives the page cache's memory of elements [first, last) of what `task` reads back."""
+        stored, packing = task.source, task.source.packing
+        if task.origin or isinstance(packing, Foreign | Simulated):
+            return  # adapters are small, and what is simulated may be read again
+        begin, end = (
+            packing.data_nbytes(numel) if packing else numel * ITEMSIZE[stored.data.dtype] for numel in (first, last)
+        )
+        path = self._folders[0] / stored.data.file
+        drop_cache(self._fd(path, self._marks[stored.data.file]), stored.data.begin + begin, end - begin)
 
     def read(self, spec: TensorSpec, offset: int, view: memoryview, *, origin: int = 0) -> None:
         """Fills `view` with the bytes of a tensor of the base, or of adapter number `origin`, from byte `offset` on."""

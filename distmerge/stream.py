@@ -29,7 +29,7 @@ from distmerge.numerics.survival import Sums, total
 from distmerge.packer import Scales
 from distmerge.plan import Plan
 from distmerge.reader import Reader
-from distmerge.storage.files import read_exact, write_exact
+from distmerge.storage.files import memory_nbytes, read_exact, start_writeback, write_exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +102,8 @@ class Stream:
         num_lanes: int,
     ) -> None:
         self._plan, self._output = plan, output
+        # A model that fits in memory stays cached: it may be read again. A larger one would only push everything out.
+        self._forgets = plan.nbytes_to_read + plan.nbytes_to_write > memory_nbytes() // 2
         self._outputs: dict[int, int] = {}
         self._lock = threading.Lock()
         self._reader = Reader(plan, base, adapters, device)
@@ -131,6 +133,7 @@ class Stream:
             blocks = self._blocks(segment, pieces, wholes, scales[0])
             found += self._lanes.each(blocks, self._merge_block, tick)
         done = sorted(found, key=_place)
+        self._pass_on(segment)
         return SegmentRecord(
             segment=number,
             crc32=combine_crc32s([block.crc32 for block in done]),
@@ -184,6 +187,18 @@ class Stream:
             crc32=zlib.crc32(data),
             effect=effect,
         )
+
+    def _pass_on(self, segment: Segment) -> None:
+        """Lets the disk begin with a finished segment, and the page cache end with what it was made from."""
+        pieces = [piece for piece in segment.pieces if piece.last > piece.first]
+        if pieces:
+            task = self._plan.tasks[pieces[0].task]
+            begin = task.begin + task.block_begin(pieces[0].first)
+            start_writeback(self._fd_out(segment.file), begin, segment.nbytes)
+        if self._forgets:
+            for piece in pieces:
+                task = self._plan.tasks[piece.task]
+                self._reader.forget(task, *task.elements(piece.first, piece.last))
 
     def _close_others(self, file: int) -> None:
         """Between segments no lane works: closes what the next one need not have open."""

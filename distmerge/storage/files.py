@@ -16,6 +16,7 @@ from distmerge.errors import InputError, MachineError, printable
 
 WRITE_NBYTES = 1 << 18  # larger buffered writes ask the kernel for huge folios, and may wait for them
 READ_NBYTES = 4 << 20
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 _ADVICE = {
     errno.ENOSPC: "free some room, then run the same command again: it resumes",
@@ -79,6 +80,26 @@ def write_exact(fd: int, view: memoryview, offset: int, where: str | Path) -> No
             done += os.pwrite(fd, view[done : done + WRITE_NBYTES], offset + done)
 
 
+def start_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Lets the disk begin with these bytes of the file, where the system can, so that an fsync later finds little left;
+    they are not durable by that."""
+    if (start := getattr(_LIBC, "sync_file_range", None)) is not None and nbytes > 0:
+        start(fd, ctypes.c_longlong(offset), ctypes.c_longlong(nbytes), ctypes.c_uint(2))  # SYNC_FILE_RANGE_WRITE
+
+
+def drop_cache(fd: int, offset: int, nbytes: int) -> None:
+    """Gives the memory that caches the whole pages of these bytes back, where the system can; what is yet to be
+    written stays."""
+    if hasattr(os, "posix_fadvise") and nbytes > 0:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def memory_nbytes() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def read_range(path: Path, offset: int, nbytes: int) -> bytes:
     """`nbytes` bytes of the input file at `path` from `offset`."""
     fd = open_input(path)
@@ -118,8 +139,7 @@ def fsync_dir(path: Path) -> None:
 
 def allocate(fd: int, nbytes: int, where: str | Path) -> None:
     """Gives the file exactly `nbytes` bytes, reserved on disk where the file system can; ENOSPC shows up here."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    reserve = getattr(libc, "fallocate", None)  # glibc's posix_fallocate would write the whole file on NFS
+    reserve = getattr(_LIBC, "fallocate", None)  # glibc's posix_fallocate would write the whole file on NFS
     with io_errors(where):
         os.ftruncate(fd, nbytes)
         if reserve is None or nbytes == 0:
