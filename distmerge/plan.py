@@ -358,7 +358,10 @@ def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter]
     """What must be equal for a run to continue another: everything that can change a byte of the output."""
     import torch  # only its version is needed
 
+    from distmerge.numerics.compiled import arithmetic
+
     marks: dict[str, Any] = {"distmerge": __version__, "torch": torch.__version__, "device": device}
+    marks["arithmetic"] = arithmetic(device)
     marks |= {"--dtype": config.dtype, "--max-shard-size": config.max_shard_size, "--lora-alpha": config.lora_alpha}
     marks |= {"--use-rslora": config.use_rslora, "--map": list(config.map), "--expert-b-order": config.expert_b_order}
     marks |= {"--quantize": config.quantize, "--quantize-mode": config.quantize_mode}

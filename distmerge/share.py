@@ -18,6 +18,7 @@ from distmerge.adapter.screen import weights_digest
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, Interrupted, MachineError
 from distmerge.layout import used_tensors
+from distmerge.numerics.compiled import arithmetic
 from distmerge.numerics.precision import full_precision
 from distmerge.plan import Plan, count_lanes
 from distmerge.runlog import RankLog, Span
@@ -157,12 +158,13 @@ def _check_alike(plan: Plan, config: MergeConfig, device: torch.device) -> None:
     """Raises MachineError or InputError if this rank would compute other bits than the one that planned. The base's
     files are compared when they are opened."""
     mine = {"distmerge": __version__, "torch": torch.__version__, "device": device.type}
+    mine["arithmetic"] = arithmetic(device.type)
     for what, value in mine.items():
         if plan.fingerprint[what] != value:
             raise MachineError(
                 f"{what} is {value}, on rank 0 it is {plan.fingerprint[what]}",
                 where=socket.gethostname(),
-                hint="all ranks need the same versions and the same type of device",
+                hint="all ranks need the same installation and the same type of device",
             )
     for number, (choice, planned) in enumerate(zip(config.all_adapters, plan.adapters, strict=True)):
         used = used_tensors(plan.tasks, number) if planned.partial else ()

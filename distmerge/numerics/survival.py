@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distmerge.numerics.compiled import sums_of_block
+
 # Smaller sums of squares of float32 values have lost digits, or all of them.
 _SMALLEST = 1e-30
 _WIDE_NUMEL = 1 << 16  # elements that are in float64 at once
@@ -84,9 +86,11 @@ def measure(base: Tensor, work: Tensor, out: Tensor, scratch: tuple[Tensor, Tens
     """The sums of a block, flat: `base` and `out` in any float dtype, `work` the float32 values before they were
     rounded to `out`.
 
-    `work` is overwritten with what was added. The two float32 tensors of `scratch`, equally long and of at most 2^24
-    elements, bound what is looked at at once. The sums are float32 arithmetic's, but where it cannot hold them.
+    `work` may be overwritten. The two float32 tensors of `scratch`, equally long and of at most 2^24 elements, bound
+    what is looked at at once. The sums are float32 arithmetic's, but where it cannot hold them.
     """
+    if (found := sums_of_block(base, work, out)) is not None:
+        return _compiled(found, base, work, out)
     step = len(scratch[0])
     parts = [
         _measure(base[i : i + step], work[i : i + step], out[i : i + step], scratch) for i in range(0, len(work), step)
@@ -173,19 +177,35 @@ def _measure(base: Tensor, work: Tensor, out: Tensor, scratch: tuple[Tensor, Ten
     count = applied.ne_(0).sum()  # a third of what count_nonzero takes
     # One wait for the accelerator, not seven.
     *norms, along, least, most, num_changed = torch.stack([*squares, product, low, high, count]).tolist()
-    largest = max(-least, most)
-    zero = (False, largest == 0, num_changed == 0)
-    if all(is_zero or _SMALLEST < value < math.inf for is_zero, value in zip(zero, norms, strict=True)):
-        return Sums(
-            numel=len(work),
-            unchanged=len(work) - int(num_changed),
-            largest_delta=largest,
-            base_squared=norms[0],
-            delta_squared=norms[1],
-            applied_squared=norms[2],
-            product=along,
-        )
-    return survival_of(base.cpu(), delta.cpu(), out.cpu())
+    sums = _sums(len(work), norms, along, len(work) - int(num_changed), max(-least, most))
+    return sums if _is_exact(sums) else survival_of(base.cpu(), delta.cpu(), out.cpu())
+
+
+def _compiled(found: list[float], base: Tensor, work: Tensor, out: Tensor) -> Sums:
+    *norms, along, unchanged, largest = found
+    sums = _sums(len(work), norms, along, int(unchanged), largest)
+    return sums if _is_exact(sums) else survival_of(base, work.double() - base.double(), out)
+
+
+def _sums(numel: int, norms: list[float], product: float, unchanged: int, largest: float) -> Sums:
+    base, delta, applied = norms
+    return Sums(
+        numel=numel,
+        unchanged=unchanged,
+        largest_delta=largest,
+        base_squared=base,
+        delta_squared=delta,
+        applied_squared=applied,
+        product=product,
+    )
+
+
+def _is_exact(sums: Sums) -> bool:
+    """True if float32 arithmetic could hold the sums."""
+    squares = [sums.base_squared]
+    squares += [sums.delta_squared] if sums.largest_delta != 0 else []
+    squares += [sums.applied_squared] if sums.unchanged < sums.numel else []
+    return all(_SMALLEST < value < math.inf for value in squares)
 
 
 def _root(squared: float | None) -> float | None:

@@ -10,10 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from distmerge.numerics import compiled, survival
 from distmerge.numerics.apply import Loaded, apply_changes
 from distmerge.numerics.lora import Factors
 from distmerge.numerics.spectrum import singular_values
 from distmerge.numerics.survival import Sums, measure, squared, summarize, survival_of, total
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every law holds with the compiled sums and without them."""
+    if request.param == "torch":
+        monkeypatch.setattr(survival, "sums_of_block", lambda *blocks: None)
+    elif compiled.arithmetic("cpu") == "torch":
+        pytest.skip("installed without a C compiler")
+
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
@@ -58,6 +69,24 @@ def test_the_sums_of_a_block_are_those_of_float64(dtype: torch.dtype, delta: flo
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     again = asdict(survival_of(base, work.double() - base.double(), out))
     assert {key: again[key] for key in expected} == pytest.approx(expected, rel=1e-12)
+
+
+@DTYPES
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("numel", [0, 1, 17, 4096, 10_007])
+def test_the_sums_are_those_of_float64_for_every_pair_of_dtypes(
+    dtype: torch.dtype, out_dtype: torch.dtype, numel: int
+) -> None:
+    generator = torch.Generator().manual_seed(numel)
+    sizes = 10.0 ** torch.randint(-9, 3, (numel,), generator=generator)
+    base = (torch.randn(numel, generator=generator) * sizes).to(dtype)
+    work = base.float() * 1.01
+    out = work.to(out_dtype)
+    expected = asdict(survival_of(base, work.double() - base.double(), out))
+    found = asdict(measure(base, work.clone(), out, scratch(4096)))
+    assert found["unchanged"] == expected["unchanged"]
+    known = {key: value for key, value in expected.items() if value is not None}
+    assert {key: found[key] for key in known} == pytest.approx(known, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e30])

@@ -1,0 +1,48 @@
+"""Compiles the package's one C file where there is a compiler; without one the package is pure Python, and slower."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+SOURCE = Path("distmerge/numerics/sums.c")
+# Sums in any order, so that they run in vectors. Not -ffast-math: some linkers then change how all code of the process
+# treats subnormal numbers.
+FLAGS = ("-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-shared", "-fPIC")
+
+
+class CompiledKernels(BuildHookInterface):  # type: ignore[misc]
+    """Puts the shared library beside its source, into wheels and into editable installs."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compiles, unless there is no compiler, it fails, or DISTMERGE_PURE is set."""
+        if self.target_name != "wheel" or os.environ.get("DISTMERGE_PURE"):
+            return
+        library = compiled(Path(self.root))
+        if library is None:
+            self.app.display_warning("no C compiler: the package works without its compiled kernels, and is slower")
+        elif version != "editable":
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+            build_data["force_include"][str(library)] = str(library.relative_to(self.root))
+
+
+def compiled(root: Path) -> Path | None:
+    """The shared library, made anew, or None."""
+    library = root / SOURCE.with_name("libsums.so")
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    made = library.with_suffix(f".{os.getpid()}.tmp")
+    done = subprocess.run([compiler, *FLAGS, str(root / SOURCE), "-o", str(made)], check=False)  # noqa: S603
+    if done.returncode != 0:
+        made.unlink(missing_ok=True)
+        return None
+    made.replace(library)  # a process may have the old one loaded
+    return library
