@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -26,7 +27,7 @@ class CompiledKernels(BuildHookInterface):  # type: ignore[misc]
             return
         library = compiled(Path(self.root))
         if library is None:
-            self.app.display_warning("no C compiler: the package works without its compiled kernels, and is slower")
+            self.app.display_warning("no working C compiler: the package does without compiled kernels, and is slower")
         elif version != "editable":
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
@@ -36,11 +37,11 @@ class CompiledKernels(BuildHookInterface):  # type: ignore[misc]
 def compiled(root: Path) -> Path | None:
     """The shared library, made anew, or None."""
     library = root / SOURCE.with_name("libsums.so")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]  # `ccache gcc`, or with options
+    if shutil.which(compiler[0]) is None:
         return None
     made = library.with_suffix(f".{os.getpid()}.tmp")
-    done = subprocess.run([compiler, *FLAGS, str(root / SOURCE), "-o", str(made)], check=False)  # noqa: S603
+    done = subprocess.run([*compiler, *FLAGS, str(root / SOURCE), "-o", str(made)], check=False)  # noqa: S603
     if done.returncode != 0:
         made.unlink(missing_ok=True)
         return None

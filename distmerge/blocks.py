@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distmerge.checkpoint.header import ITEMSIZE
 from distmerge.checkpoint.packing import Simulated
+from distmerge.clock import during
 from distmerge.errors import VerifyError
 from distmerge.lanes import Lane
 from distmerge.layout import Task
@@ -114,7 +115,8 @@ def _convert(block: Block, base: Tensor, out: Tensor) -> Effect:
 
 def _measured(lane: Lane, block: Block, base: Tensor, out: Tensor) -> Sums:
     """What is left of the changes in `out`; the lane's float32 buffer is overwritten."""
-    sums = measure(base, lane.buffers.work[: block.last - block.first], out, lane.scratch)
+    with during("measure"):
+        sums = measure(base, lane.buffers.work[: block.last - block.first], out, lane.scratch)
     if not sums.is_finite:
         if not torch.isfinite(base).all():
             raise _base_not_finite(block.task)

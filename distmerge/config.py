@@ -17,6 +17,7 @@ EXPERT_B_ORDERS = ("auto", "peft", "expert-major")
 QUANTIZE = ("none", "nf4", "fp4")
 QUANTIZE_MODES = ("plain", "fitted")
 COMBINE = ("sum", "ties", "dare_ties", "dare_linear", "magnitude_prune")
+DIGESTS = ("sha256", "crc32", "xxh3", "none")
 SIMULATE_QUANT = ("none", "nf4", "fp4")
 QUANT_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 LISTS = ("adapter", "weight", "initial_adapter", "map", "quant_skip")  # options that may be given several times
@@ -99,8 +100,13 @@ class MergeConfig:
     """Merge even if every delta is zero."""
     overwrite: bool = False
     """Replace an output folder that an earlier merge wrote."""
+    digest: str = "sha256"
+    """What is computed of each weight file: `sha256` or `xxh3` of what is read back, `crc32` of what was written, or
+    `none`."""
     run_log: Path | None = None
     """File that gets a line of JSON for each rank: what it did and when."""
+    profile: bool = False
+    """Say at the end where the time of each rank went."""
     timeout: float = 600.0
     """Seconds without a sign of life after which a rank counts as lost."""
 
@@ -114,13 +120,15 @@ class MergeConfig:
             raise UsageError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.expert_b_order not in EXPERT_B_ORDERS:
             raise UsageError(f"expert-b-order {self.expert_b_order!r} is none of {', '.join(EXPERT_B_ORDERS)}")
+        if self.digest not in DIGESTS:
+            raise UsageError(f"digest {self.digest!r} is none of {', '.join(DIGESTS)}")
         self._check_quantize()
         self._check_combine()
         self._check_quant()
         if self.nproc is not None and self.nproc < 1:
             raise UsageError(f"nproc {self.nproc} is not a positive number")
-        if not 5 <= self.timeout < math.inf:
-            raise UsageError(f"timeout {self.timeout} is not a number of seconds from 5 on")
+        if not 5 <= self.timeout <= 1e9:  # more overflows the clock of the store
+            raise UsageError(f"timeout {self.timeout} is not a number of seconds from 5 to 1e9")
         for name, nbytes in (("memory-budget", self.memory_budget), ("max-shard-size", self.max_shard_size)):
             if nbytes is not None and not 0 < nbytes < 1 << 63:
                 raise UsageError(f"{name} {nbytes} is not a size")
@@ -199,7 +207,7 @@ class MergeConfig:
             argv += ["--adapter", str(adapter.folder), "--weight", repr(adapter.weight)]
             argv += ["--initial-adapter", str(adapter.initial or "")] * any(a.initial for a in self.adapters)
         argv += ["--device", self.device, "--dtype", self.dtype, "--memory-budget", str(self.memory_budget)]
-        argv += ["--timeout", repr(self.timeout)] + ["--keep-quantized"] * self.keep_quantized
+        argv += ["--timeout", repr(self.timeout), "--digest", self.digest] + ["--keep-quantized"] * self.keep_quantized
         if self.max_shard_size is not None:
             argv += ["--max-shard-size", str(self.max_shard_size)]
         argv += ["--combine", self.combine, "--seed", str(self.seed)]
@@ -220,6 +228,7 @@ class MergeConfig:
         argv += ["--expert-b-order", self.expert_b_order] + ["--allow-pickle"] * self.allow_pickle
         if self.run_log is not None:
             argv += ["--run-log", str(self.run_log)]
+        argv += ["--profile"] * self.profile
         argv += ["--allow-zero-delta"] * self.allow_zero_delta + ["--overwrite"] * self.overwrite
         return argv
 

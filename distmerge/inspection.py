@@ -10,11 +10,10 @@ from distmerge.adapter.patterns import time_limit
 from distmerge.adapter.peft_adapter import CONFIG, Adapter, AdapterOptions, read_adapter
 from distmerge.adapter.saved.folders import is_adapter
 from distmerge.adapter.tuners.experts import unwrap
-from distmerge.checkpoint.base import read_base
+from distmerge.checkpoint.base import RECEIPT, read_base
 from distmerge.checkpoint.packing import Foreign
 from distmerge.errors import InputError, printable
 from distmerge.progress import gigabytes
-from distmerge.receipt import read_receipt
 
 _MAX_LISTED = 12
 
@@ -27,6 +26,10 @@ def inspect(path: Path) -> dict[str, Any]:
     if is_adapter(path):
         return _adapter_facts(path)
     facts = _base(path)
+    if not (path / RECEIPT).is_file():
+        return facts
+    from distmerge.receipt import read_receipt  # torch takes seconds, and only receipts need it
+
     if receipt := read_receipt(path):
         facts["kind"] = "output"
         facts["merged"] = [
@@ -34,6 +37,7 @@ def inspect(path: Path) -> dict[str, Any]:
             for adapter in receipt.adapters
         ]
         facts["base"] = receipt.base.name
+        facts["digest"] = receipt.options.digest
     return facts
 
 

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from distmerge.clock import Clock, during
 from distmerge.dense import Buffers, host_pair, view_of
 from distmerge.errors import MachineError
 from distmerge.layout import MEASURED_NUMEL
@@ -27,7 +28,7 @@ class Lane:
     """The buffers that one block passes through, and on an accelerator the stream that its work is queued on."""
 
     def __init__(self, plan: Plan, device: torch.device, buffers: Buffers) -> None:
-        self.buffers = buffers
+        self.buffers, self.clock = buffers, Clock()
         self.out, self._host = host_pair(plan.block_nbytes, device)
         self.view = view_of(self._host)
         first, second = torch.empty(2, MEASURED_NUMEL, dtype=torch.float32, device=device)
@@ -56,6 +57,11 @@ class Lanes:
         choose = partial(torch.accelerator.set_device_index, device) if device.type != "cpu" else None
         self._pool = ThreadPoolExecutor(num_lanes, "lane", choose)
 
+    @property
+    def clocks(self) -> list[Clock]:
+        """The clocks of all lanes."""
+        return [lane.clock for lane in self._lanes]
+
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(wait=True)
@@ -70,9 +76,10 @@ class Lanes:
 
         def run(lane: Lane) -> None:
             try:
-                with memory_errors():
+                with memory_errors(), lane.clock:
                     for block in feed:
-                        results.append(work(lane, block))
+                        with during("compute"):
+                            results.append(work(lane, block))
             except BaseException:
                 feed.stop()
                 raise
@@ -106,7 +113,8 @@ class _Feed(Generic[B]):
         with self._lock:
             if self._stopped:
                 raise StopIteration
-            return next(self._blocks)
+            with during("load"):
+                return next(self._blocks)
 
     def stop(self) -> None:
         self._stopped = True

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from distmerge.adapter.changes import Change
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from distmerge.checkpoint.packed_form import PackedForm, Part
 from distmerge.checkpoint.packing import Stored
+from distmerge.grid import BLOCK_NUMEL, Grid, grid_of
 
-# The unit of reading, arithmetic and writing. It is a constant, not a share of the memory budget: the same matrix
-# products in the same shapes give the same bits, whatever the budget and the number of ranks.
-BLOCK_NUMEL = 1 << 19
-MEASURED_NUMEL = BLOCK_NUMEL  # elements of which is measured at once what is left of a change
+MEASURED_NUMEL = BLOCK_NUMEL // 2  # elements of which is measured at once what is left of a change
 KEPT_STACKS = 2  # of experts' factors: those of the projections up and down
 LARGEST_SPECTRUM = 256  # the largest r of a delta whose singular values are computed
 _SEGMENT_NBYTES = (16 << 20, 128 << 20)
-_SEGMENTS_WANTED = 256
+_SEGMENTS_WANTED = 512
 
 
 Kind = Literal["copy", "convert", "merge"]
@@ -60,7 +58,7 @@ class Wanted:
         return self.source.numel * ITEMSIZE[self.dtype]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Task(Wanted):
     """An output tensor in its place: its bytes begin at byte `begin` of output file number `file`."""
 
@@ -70,8 +68,21 @@ class Task(Wanted):
     @property
     def adapter_keys(self) -> tuple[tuple[int, str], ...]:
         """The adapters' tensors that go into this one: the adapter's number from 0, and the name in its file."""
+        if not self.origin and not self.changes:
+            return ()
         own = [(self.origin - 1, key) for key in (self.source.data.name, *self.also)] if self.origin else []
         return tuple(dict.fromkeys([*own, *((c.adapter, key) for c in self.changes for key in c.keys)]))
+
+    @cached_property
+    def _grid(self) -> Grid:
+        """The blocks that hold its elements."""
+        return grid_of(
+            self.source.numel,
+            self.row_numel,
+            matrix_numel=self._matrix_numel,
+            whole=any(change.whole for change in self.changes),
+            blocksize=None if self.form is None else self.form.blocksize,
+        )
 
     @property
     def row_numel(self) -> int:
@@ -81,9 +92,7 @@ class Task(Wanted):
     @property
     def largest_block_numel(self) -> int:
         """Elements that a block holds at most."""
-        if self._whole:
-            return max(BLOCK_NUMEL, self.source.numel)
-        return BLOCK_NUMEL if self._cuts_rows else max(BLOCK_NUMEL, self._step)
+        return self._grid.largest_numel
 
     @property
     def _matrix_numel(self) -> int:
@@ -96,15 +105,11 @@ class Task(Wanted):
         return 128 * min(sum(change.r or LARGEST_SPECTRUM for change in self.changes), LARGEST_SPECTRUM) ** 2
 
     @property
-    def _whole(self) -> bool:
-        return any(change.whole for change in self.changes)
-
-    @property
     def scratch_nbytes(self) -> int:
         """Bytes that the operators of its changes take beside a block, in temporaries."""
         found = max((change.scratch_nbytes for change in self.changes), default=0)
         # A change counts on blocks of the ordinary size.
-        return found * -(-self._matrix_numel // BLOCK_NUMEL) if found and not self._whole else found
+        return found * -(-self._matrix_numel // BLOCK_NUMEL) if found and not self._grid.whole else found
 
     @property
     def stored_block_nbytes(self) -> int:
@@ -112,27 +117,14 @@ class Task(Wanted):
         numel, packing = self.largest_block_numel, self.source.packing
         return packing.data_nbytes(numel) if packing else numel * ITEMSIZE[self.source.data.dtype]
 
-    @property
+    @cached_property
     def head_nbytes(self) -> int:
         """Bytes of what stands before the codes of a packed tensor, which is a block of its own."""
-        return sum(part.nbytes for part in self.parts[:-1])
-
-    @property
-    def _step(self) -> int:
-        """Elements of a block of whole rows; scales of a packed tensor do not cross from one block to the next."""
-        if (matrix := self._matrix_numel) > 1:
-            return matrix
-        rows = max(1, BLOCK_NUMEL // max(self.row_numel, 1))
-        if self.form is None or self.row_numel >= self.source.numel:
-            return rows * self.row_numel
-        unit = math.lcm(self.form.blocksize, self.row_numel) // self.row_numel
-        return min(max(rows // unit, 1) * unit * self.row_numel, self.source.numel)
+        return 0 if self.form is None else sum(part.nbytes for part in self.parts[:-1])
 
     @property
     def num_blocks(self) -> int:
-        if self.source.numel == 0:
-            return 0
-        return self._first + (1 if self._whole else self._num_inner)
+        return self._first + self._grid.num_blocks if self._grid.num_blocks else 0
 
     @property
     def dense_blocks(self) -> range:
@@ -143,30 +135,10 @@ class Task(Wanted):
     def _first(self) -> int:
         return 0 if self.form is None else 1
 
-    @property
-    def _num_inner(self) -> int:
-        if self._cuts_rows:
-            return self.source.numel // self.row_numel * math.ceil(self.row_numel / BLOCK_NUMEL)
-        return math.ceil(self.source.numel / self._step)
-
-    @property
-    def _cuts_rows(self) -> bool:
-        """True if a row is too long for one block; those of packed tensors are cut only where they are the tensor."""
-        cut = self.row_numel > BLOCK_NUMEL and self._matrix_numel == 1
-        return cut and (self.form is None or self.row_numel >= self.source.numel)
-
     def block(self, number: int) -> tuple[int, int]:
         """The flat elements [first, last) of block `number`: whole rows, or a part of one row that is too long."""
         number -= self._first
-        if number < 0:
-            return 0, 0
-        if self._whole:
-            return 0, self.source.numel
-        if self._cuts_rows:
-            row, part = divmod(number, math.ceil(self.row_numel / BLOCK_NUMEL))
-            first = row * self.row_numel + part * BLOCK_NUMEL
-            return first, min(first + BLOCK_NUMEL, (row + 1) * self.row_numel)
-        return number * self._step, min((number + 1) * self._step, self.source.numel)
+        return self._grid.span(number) if number >= 0 else (0, 0)
 
     def block_nbytes(self, number: int) -> int:
         """Bytes of block `number` in the output."""
@@ -309,7 +281,7 @@ def cut_segments(tasks: tuple[Task, ...]) -> tuple[Segment, ...]:
     for number, task in enumerate(tasks):
         if number and tasks[number - 1].file != task.file:
             close(tasks[number - 1].file)
-        first, count = 0, task.num_blocks
+        first, count, rest = 0, task.num_blocks, task.nbytes
         if count == 0:  # an empty tensor is written by being in the header
             pieces.append(Piece(task=number, first=0, last=0))
         while first < count:
@@ -317,7 +289,8 @@ def cut_segments(tasks: tuple[Task, ...]) -> tuple[Segment, ...]:
             # A packed tensor is measured as a whole before it is written.
             take = count if task.form else min(count - first, max(1, (wanted - nbytes) // per_block))
             pieces.append(Piece(task=number, first=first, last=first + take))
-            nbytes += task.nbytes_of(first, first + take)
+            taken = rest if first + take == count else task.nbytes_of(first, first + take)
+            nbytes, rest = nbytes + taken, rest - taken
             first += take
             if nbytes >= wanted * 15 // 16:
                 close(task.file)

@@ -12,19 +12,23 @@ from distmerge.errors import InputError, MachineError, printable
 from distmerge.plan import Plan, make_plan
 from distmerge.progress import Display, Snapshot, clock, gigabytes
 from distmerge.publish import check_output, is_published, publish
+from distmerge.receipt import hashed
+from distmerge.report.profile import profile_table
 from distmerge.report.verdict import judge
 from distmerge.runlog import check_run_log, write_run_log
 from distmerge.share import Records, Share
+from distmerge.storage.collector import uncollected
 from distmerge.verify import check_headers, check_records
 from distmerge.work import WorkFolder
 from distmerge.world import World
 
 
-def merge(config: MergeConfig, work: WorkFolder, world: World, display: Display) -> None:
+def merge(config: MergeConfig, work: WorkFolder, world: World, display: Display, since: float) -> None:
     """Merges as `config` says, together with the other ranks of `world`; on return the output is published.
 
-    Raises InputError before anything is written, VerifyError before anything is published, MachineError, Interrupted
-    or PeerFailed at any time; the output is then absent, and the same command resumes.
+    The run began `since` then, in Unix seconds. Raises InputError before anything is written, VerifyError before
+    anything is published, MachineError, Interrupted or PeerFailed at any time; the output is then absent, and the same
+    command resumes.
     """
     started = time.monotonic()
     device = world.device(config.device)
@@ -34,7 +38,7 @@ def merge(config: MergeConfig, work: WorkFolder, world: World, display: Display)
     plan = work.load(planned)
     with (
         display.watching(world.reports, sum(task.nbytes for task in plan.tasks), _recorder(work)),
-        Share(plan, config, work, world, device) as share,
+        Share(plan, config, work, world, device, since=since) as share,
     ):
         for segment in claims(plan, world):  # claim
             share.do(segment)  # read, dequantize, apply, write
@@ -74,8 +78,10 @@ def _plan(config: MergeConfig, work: WorkFolder, world: World, display: Display,
     return digest
 
 
+@uncollected()
 def _publish(config: MergeConfig, plan: Plan, work: WorkFolder, gathered: list[str], display: Display) -> None:
     """Proves the records of all ranks against the plan, and publishes."""
+    started = time.monotonic()
     records = [Records.from_json(text) for text in gathered]
     segments = [segment for record in records for segment in record.segments]
     shards = [shard for record in records for shard in record.shards]
@@ -86,16 +92,21 @@ def _publish(config: MergeConfig, plan: Plan, work: WorkFolder, gathered: list[s
         display.say(f"resumed  {kept} of {len(plan.segments)} segments were finished by an earlier run")
     display.say(
         f"proven   {len(receipt.ledger)} adapter tensors applied exactly once, {len(plan.tasks)} tensors written, "
-        f"{len(receipt.files)} files hashed"
+        f"{hashed(receipt.files.values())}"
     )
     verdict = judge(receipt.tensors)
     if verdict.packing:
         display.say(f"packed   {verdict.packing}")
     if verdict.warning:
         display.say(f"warning  {verdict.warning}")
+    logs = [record.log for record in records]
+    logs[0] = logs[0].published_in(time.monotonic() - started)
+    if config.profile:
+        for line in profile_table(logs):
+            display.say(line)
     if config.run_log is not None:
         try:
-            write_run_log(config.run_log, [record.log for record in records])
+            write_run_log(config.run_log, logs)
         except MachineError as error:  # the merge is published; nothing is gained by failing now
             display.say(f"warning  {error.where}: {error.what}")
 

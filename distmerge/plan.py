@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distmerge import __version__
 from distmerge.adapter.indices import check_indices
 from distmerge.adapter.initial import check_initial
 from distmerge.adapter.naming.conversion import read_names
@@ -27,6 +26,7 @@ from distmerge.checkpoint.sidefiles import NewHead, SideFile, find_side_files, o
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.doubts import doubts
 from distmerge.errors import InputError, listing, printable
+from distmerge.fingerprint import choices
 from distmerge.forms import Forms, choose_forms
 from distmerge.keeping import keep_packed, refuse_foreign
 from distmerge.layout import (
@@ -43,8 +43,15 @@ from distmerge.numerics.methods import SUM, Combine
 from distmerge.outputs import Outputs, collect
 from distmerge.shards import make_shards
 from distmerge.simulate import simulate
+from distmerge.storage.checksums import READ_BACK, require
+from distmerge.storage.collector import uncollected
 from distmerge.storage.files import lookup_errors
-from distmerge.storage.records import encode
+from distmerge.storage.records import encode_rows
+
+SAID = ("notes", "warnings")  # fields of a plan that decide nothing
+
+MAX_FOLLOWERS = 8  # threads of a rank that read files back for their digests
+FOLLOWER_NBYTES = 1 << 18  # through which each of them reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +79,8 @@ class PlannedAdapter:
 class Plan:
     """Every task of a run and where its bytes go. Names no absolute path and no rank: equal inputs and options give an
     equal plan. The times of the base's files belong to the inputs, since a header does not show that data changed.
-    `num_kept` counts the output's tensors that are parts of packed weights, as the base holds them."""
+    `num_kept` counts the output's tensors that are parts of packed weights, as the base holds them. `file_digest` is
+    the kind of digest that weight files get."""
 
     fingerprint: dict[str, str]
     base_files: tuple[FileMark, ...]
@@ -86,13 +94,23 @@ class Plan:
     warnings: tuple[str, ...]
     combine: Combine = SUM
     num_kept: int = 0
+    file_digest: str = "sha256"
 
     @cached_property
     def digest(self) -> str:
         """The SHA-256 of the plan as canonical JSON, without what it only says."""
-        said = ("notes", "warnings")
-        content = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in said}
-        return hashlib.sha256(encode(content).encode()).hexdigest()
+        return hashlib.sha256(self._encode()).hexdigest()
+
+    def canonical(self) -> bytes:
+        """The plan as canonical JSON, without what it only says; its digest is known from then on."""
+        data = self._encode()
+        vars(self).setdefault("digest", hashlib.sha256(data).hexdigest())  # encoding it once more would take as long
+        return data
+
+    def _encode(self) -> bytes:
+        with uncollected():
+            content = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in SAID}
+            return encode_rows(content).encode()
 
     @cached_property
     def _by_file(self) -> list[list[Task]]:
@@ -101,12 +119,19 @@ class Plan:
             groups[task.file].append(task)
         return groups
 
+    @cached_property
+    def _segments_by_file(self) -> list[list[int]]:
+        groups: list[list[int]] = [[] for _ in self.files]
+        for number, segment in enumerate(self.segments):
+            groups[segment.file].append(number)
+        return groups
+
     def tasks_of(self, file: int) -> list[Task]:
         return self._by_file[file]
 
     def segments_of(self, file: int) -> list[int]:
         """The numbers of the segments of a file, in the order of its bytes."""
-        return [number for number, segment in enumerate(self.segments) if segment.file == file]
+        return self._segments_by_file[file]
 
     def header_of(self, file: int) -> bytes:
         return build_header([(p.name, p.dtype, p.shape) for task in self.tasks_of(file) for p in task.parts])
@@ -123,9 +148,14 @@ class Plan:
         return tuple(n - adapter.initial for n, adapter in enumerate(self.adapters))
 
     @property
-    def nbytes_to_read(self) -> int:
-        """Bytes of the base's weight files."""
-        return sum(mark.nbytes for mark in self.base_files)
+    def reads_back(self) -> bool:
+        """True if weight files are read back for their digests."""
+        return self.file_digest in READ_BACK
+
+    @property
+    def followed_nbytes(self) -> int:
+        """Bytes of the buffers through which weight files are read back."""
+        return MAX_FOLLOWERS * FOLLOWER_NBYTES if self.reads_back else 0
 
     @property
     def nbytes_to_write(self) -> int:
@@ -196,10 +226,12 @@ class Plan:
         return max(self.combine.scratch_nbytes(deltas, numel) for deltas, numel in counts)
 
 
+@uncollected()
 def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) -> Plan:
     """The plan of `config` on devices of type `device`. Reads headers and small files of the base, and the adapters
     whole, once. Adapters in pickles are rewritten in the folder `scratch`; without it in a temporary folder that lasts
     as long as the process. Raises InputError for everything that cannot be merged; writes nothing else."""
+    require(config.digest)
     with lookup_errors(config.base):
         base = read_base(config.base)
         if not config.keep_quantized:
@@ -244,6 +276,7 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
         warnings=tuple(dict.fromkeys(warnings)),
         combine=_combine(config),
         num_kept=sum(output.as_is for output in outputs.tensors.values()),
+        file_digest=config.digest,
     )
     count_lanes(plan, config.memory_budget, wanted=1)
     return plan
@@ -343,7 +376,7 @@ def _output_config(
 def count_lanes(plan: Plan, memory_budget: int, *, wanted: int) -> int:
     """How many of `wanted` lanes fit the budget beside the factors. Raises InputError if not even one does."""
     # Each lane may be at another tensor, and what changes one more is being loaded.
-    loading, lane = plan.loading_nbytes, plan.lane_nbytes + plan.held_nbytes
+    loading, lane = plan.loading_nbytes + plan.followed_nbytes, plan.lane_nbytes + plan.held_nbytes
     if (fits := (memory_budget - loading) // lane) < 1:
         needed = loading + lane
         raise InputError(
@@ -356,20 +389,7 @@ def count_lanes(plan: Plan, memory_budget: int, *, wanted: int) -> int:
 
 def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter], device: str) -> dict[str, str]:
     """What must be equal for a run to continue another: everything that can change a byte of the output."""
-    import torch  # only its version is needed
-
-    from distmerge.numerics.compiled import arithmetic
-
-    marks: dict[str, Any] = {"distmerge": __version__, "torch": torch.__version__, "device": device}
-    marks["arithmetic"] = arithmetic(device)
-    marks |= {"--dtype": config.dtype, "--max-shard-size": config.max_shard_size, "--lora-alpha": config.lora_alpha}
-    marks |= {"--use-rslora": config.use_rslora, "--map": list(config.map), "--expert-b-order": config.expert_b_order}
-    marks |= {"--quantize": config.quantize, "--quantize-mode": config.quantize_mode}
-    marks |= {"--keep-quantized": config.keep_quantized}
-    marks |= {"--simulate-quant": config.simulate_quant, "--quant-blocksize": config.quant_blocksize}
-    marks |= {"--quant-double": config.quant_double, "--quant-compute-dtype": config.quant_compute_dtype}
-    marks |= {"--quant-skip": list(config.quant_skip)}
-    marks |= {"--combine": config.combine, "--density": config.density, "--seed": config.seed}
+    marks: dict[str, Any] = choices(config, device)
     for file in base.files:
         marks[f"base {file.name}"] = f"{file.nbytes} bytes, mtime {file.mtime_ns}, header {file.header_sha256}"
     for number, adapter in enumerate(adapters, start=1):

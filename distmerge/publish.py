@@ -26,7 +26,9 @@ from distmerge.receipt import (
 )
 from distmerge.report.card import model_card
 from distmerge.report.verdict import judge
+from distmerge.storage.checksums import crc32, crc32_text, join_crc32s
 from distmerge.storage.files import fsync_dir, io_errors, replace_file
+from distmerge.storage.records import decode
 from distmerge.storage.strict_json import read_object
 from distmerge.stream import SegmentRecord
 from distmerge.work import ShardRecord, WorkFolder
@@ -121,12 +123,12 @@ def publish(
     removed. Killed anywhere in between, the next run does what is left.
     """
     ledger, tensors = build_ledger(plan, segments), build_tensors(plan, segments)
-    files = {plan.files[shard.file].name: FileEntry(sha256=shard.sha256, bytes=shard.nbytes) for shard in shards}
+    files = _weight_files(plan, segments, shards)
     folders = (config.base, *(adapter.home for adapter in config.all_adapters))
     for side in plan.side_files:
         _make_parents(work.model, side.name)
         copy_side_file(folders[side.source], side, work.model / side.name)
-        files[side.name] = FileEntry(sha256=side.sha256, bytes=side.nbytes)
+        files[side.name] = FileEntry(kind="sha256", digest=side.sha256, bytes=side.nbytes)
     contents: dict[str, bytes] = {}
     if plan.config_json is not None:
         contents["config.json"] = plan.config_json.encode()
@@ -134,13 +136,27 @@ def publish(
     contents["README.md"] = model_card(plan, folder_name(config.base), len(ledger), told, judge(tensors)).encode()
     index = _index(plan)
     for name, data in {**contents, **index}.items():
-        files[name] = FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        files[name] = FileEntry(kind="sha256", digest=hashlib.sha256(data).hexdigest(), bytes=len(data))
     receipt = build_receipt(plan, config, ledger, tensors, dict(sorted(files.items())))
     for name, data in {**contents, RECEIPT: receipt.to_json(), **index}.items():
         replace_file(work.model / name, data)
     _sweep(work.model, {*files, RECEIPT})
     _rename(work, config)
     return receipt
+
+
+def _weight_files(plan: Plan, segments: Sequence[SegmentRecord], shards: Sequence[ShardRecord]) -> dict[str, FileEntry]:
+    """The weight files by name, with the digests that were computed of them or follow from those of their segments."""
+    digests = {shard.file: shard.digest for shard in shards}
+    if plan.file_digest == "crc32":
+        crcs = {record.segment: record.crc32 or 0 for record in segments}
+        for file in digests:
+            header = plan.header_of(file)
+            parts = [(crcs[number], plan.segments[number].nbytes) for number in plan.segments_of(file)]
+            digests[file] = crc32_text(join_crc32s([(crc32(header), len(header)), *parts]))
+    kind = plan.file_digest
+    values = {plan.files[s.file].name: {"kind": kind, "digest": digests[s.file], "bytes": s.nbytes} for s in shards}
+    return {name: decode(FileEntry, value) for name, value in values.items()}
 
 
 def _index(plan: Plan) -> dict[str, bytes]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from distmerge.adapter.changes import ADD, LORA, Change
 from distmerge.adapter.views import View
-from distmerge.checkpoint.base import FileMark, check_mark
+from distmerge.checkpoint.base import check_mark
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
 from distmerge.checkpoint.packing import Foreign, Simulated, Stored
+from distmerge.clock import during
 from distmerge.dense import Buffers, Dense, settle
 from distmerge.layout import KEPT_STACKS, Task
 from distmerge.numerics.apply import Loaded, as_rows, in_float64
@@ -24,7 +25,7 @@ from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.lora import Factors
 from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 from distmerge.plan import Plan
-from distmerge.storage.files import drop_cache, open_input, read_exact
+from distmerge.storage.files import copy_range, drop_cache, open_input, read_exact
 
 _MAX_OPEN = 64
 
@@ -36,7 +37,7 @@ class Reader:
     def __init__(self, plan: Plan, base: Path, adapters: tuple[Path, ...], device: torch.device) -> None:
         self._plan, self._folders, self._device = plan, (base, *adapters), device
         self._marks = {mark.name: mark for mark in plan.base_files}
-        self._fds: dict[Path, int] = {}
+        self._fds: dict[tuple[int, str], int] = {}
         self.dense = Dense(self.read, device, kept_nbytes=plan.simulated_nbytes)
         # A stack of experts is read once, not once for each of them.
         self._kept: dict[tuple[int, str, str], Tensor] = {}
@@ -65,14 +66,17 @@ class Reader:
         begin, end = (
             packing.data_nbytes(numel) if packing else numel * ITEMSIZE[stored.data.dtype] for numel in (first, last)
         )
-        path = self._folders[0] / stored.data.file
-        drop_cache(self._fd(path, self._marks[stored.data.file]), stored.data.begin + begin, end - begin)
+        drop_cache(self._fd(0, stored.data.file), stored.data.begin + begin, end - begin)
+
+    def copy(self, spec: TensorSpec, offset: int, fd: int, place: int, nbytes: int, *, origin: int = 0) -> bool:
+        """True if the kernel has copied the bytes of a tensor to byte `place` of another file, all of them."""
+        return copy_range(self._fd(origin, spec.file), spec.begin + offset, fd, place, nbytes) == nbytes
 
     def read(self, spec: TensorSpec, offset: int, view: memoryview, *, origin: int = 0) -> None:
         """Fills `view` with the bytes of a tensor of the base, or of adapter number `origin`, from byte `offset` on."""
-        path = self._folders[origin] / spec.file
-        mark = self._marks[spec.file] if origin == 0 else None
-        read_exact(self._fd(path, mark), view, spec.begin + offset, path)
+        with during("read"):
+            where = f"{self._folders[origin]}/{spec.file}"
+            read_exact(self._fd(origin, spec.file), view, spec.begin + offset, where)
 
     def read_dense(self, buffers: Buffers, stored: Stored, first: int, last: int, *, origin: int = 0) -> Tensor:
         """Elements [first, last) of `stored` in its dense dtype, on the device."""
@@ -157,13 +161,15 @@ class Reader:
         part = flat.as_strided(view.size, view.stride, view.offset - first).contiguous().to(self._device)
         return part.to(dtype) if part.is_floating_point() else part
 
-    def _fd(self, path: Path, mark: FileMark | None = None) -> int:
+    def _fd(self, origin: int, file: str) -> int:
         with self._lock:
-            if path not in self._fds:
-                if mark is not None:
-                    check_mark(path, mark)
-                self._fds[path] = open_input(path)
-            return self._fds[path]
+            fd = self._fds.get((origin, file))
+            if fd is None:
+                path = self._folders[origin] / file
+                if origin == 0:
+                    check_mark(path, self._marks[file])
+                fd = self._fds[origin, file] = open_input(path)
+            return fd
 
 
 def _is_delicate(change: Change) -> bool:

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import platform
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distmerge import __version__
 from distmerge.checkpoint.base import RECEIPT, folder_name
@@ -17,11 +18,14 @@ from distmerge.config import MergeConfig
 from distmerge.errors import InputError, printable, shown
 from distmerge.numerics.survival import Survival, check_sizes, digits, summarize, total
 from distmerge.plan import Plan
-from distmerge.storage.records import decode, encode
+from distmerge.storage.checksums import HEX_DIGITS
+from distmerge.storage.collector import uncollected
+from distmerge.storage.records import decode, encode, named_values
 from distmerge.storage.strict_json import read_object
 from distmerge.stream import PieceRecord, SegmentRecord
 
-VERSION = 2
+VERSION = 3
+_BEFORE_DIGESTS = 2  # the version in which every file had its SHA-256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,7 @@ class MergedAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The options that decide bytes of the output."""
+    """The options that decide bytes of the output; `digest` only those of the receipt and the model card."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     quantize: Literal["none", "nf4", "fp4"]
@@ -73,6 +77,7 @@ class Options:
     expert_b_order: Literal["auto", "peft", "expert-major"]
     allow_pickle: bool
     allow_zero_delta: bool
+    digest: Literal["sha256", "crc32", "xxh3", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +113,20 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """A file of the output."""
+    """A file of the output: its length, and its `digest` in hex, of the kind `kind`; empty for the kind `none`."""
 
-    sha256: str
+    kind: Literal["sha256", "crc32", "xxh3", "none"]
+    digest: str
     bytes: int
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != HEX_DIGITS[self.kind] or not set(self.digest) <= set("0123456789abcdef"):
+            raise ValueError(f"{self.kind} is {self.digest[:80]!r}")
+
+    def to_values(self) -> dict[str, str | int]:
+        """The entry as receipts hold it: `{"sha256": "...", "bytes": 5}`, or `{"bytes": 5}`."""
+        digest: dict[str, str | int] = {self.kind: self.digest} if self.digest else {}
+        return {**digest, "bytes": self.bytes}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +145,26 @@ class Receipt:
     environment: dict[str, str]
     tensors: dict[str, TensorEntry]
 
+    def __post_init__(self) -> None:
+        for name, entry in self.files.items():
+            if entry.kind != (kind := self.options.digest if name.endswith(".safetensors") else "sha256"):
+                raise ValueError(f"{name!r} has the digest {entry.kind}, the options ask for {kind}")
+
     def to_json(self) -> bytes:
-        values = asdict(self)
-        tensors = values.pop("tensors")
-        rows = [f"  {json.dumps(name)}: {json.dumps(entry, allow_nan=False)}" for name, entry in tensors.items()]
-        rest = json.dumps(values, indent=1, allow_nan=False).removesuffix("\n}")
-        table = ",\n".join(rows)  # a line for each tensor: there may be many thousands
-        return f'{rest},\n "tensors": {{\n{table}\n }}\n}}\n'.encode()
+        tables: dict[str, dict[str, Any]] = {"ledger": self.ledger, "tensors": self.tensors}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in tables}
+        values["files"] = {name: entry.to_values() for name, entry in self.files.items()}
+        text = json.dumps(values, default=asdict, indent=1, allow_nan=False).removesuffix("\n}")
+        for name, table in tables.items():
+            text += f',\n "{name}": {_lines(table)}'
+        return f"{text}\n}}\n".encode()
+
+
+def _lines(table: dict[str, Any]) -> str:
+    """The table as JSON, a line for each entry: there may be a hundred thousand."""
+    encoder = json.JSONEncoder(default=named_values, allow_nan=False)
+    rows = [f"  {encoder.encode(name)}: {encoder.encode(entry)}" for name, entry in table.items()]
+    return "{\n" + ",\n".join(rows) + "\n }" if rows else "{}"
 
 
 def build_ledger(plan: Plan, records: Iterable[SegmentRecord]) -> dict[str, LedgerEntry]:
@@ -266,6 +294,7 @@ def _options(config: MergeConfig) -> Options:
             "expert_b_order": config.expert_b_order,
             "allow_pickle": config.allow_pickle,
             "allow_zero_delta": config.allow_zero_delta,
+            "digest": config.digest,
         },
     )
     return made
@@ -277,17 +306,44 @@ def read_receipt(folder: Path) -> Receipt | None:
     if not path.is_file():
         return None
     values = read_object(path)
-    if values.get("version") != VERSION:
+    if values.get("version") not in (VERSION, _BEFORE_DIGESTS):
         raise InputError(
-            f"is a receipt of version {shown(values.get('version'))}, this distmerge reads version {VERSION}",
+            f"is a receipt of version {shown(values.get('version'))}, this distmerge reads versions {_BEFORE_DIGESTS} "
+            f"and {VERSION}",
             where=str(path),
             hint="use the distmerge that wrote it (`environment`), or merge again",
         )
     try:
-        receipt: Receipt = decode(Receipt, values)
+        with uncollected():
+            receipt: Receipt = decode(Receipt, _with_kinds(values))
     except ValueError as error:
         raise InputError(f"is not a receipt ({printable(str(error))})", where=str(path)) from None
     return receipt
+
+
+def _with_kinds(values: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a receipt, with its files as fields of a FileEntry. Raises ValueError where it cannot be."""
+    options, files = values.get("options"), values.get("files")
+    if not isinstance(options, dict) or not isinstance(files, dict):
+        raise ValueError("no options or no files")
+    if values["version"] == _BEFORE_DIGESTS:
+        options = {**options, "digest": "sha256"}
+    entries = {}
+    for name, value in files.items():
+        if not isinstance(value, dict) or len(value) > 2 or "bytes" not in value or "none" in value:
+            raise ValueError(f"not a file: {str(value)[:80]}")
+        digests = [(kind, digest) for kind, digest in value.items() if kind != "bytes"]
+        kind, digest = digests[0] if digests else ("none", "")
+        entries[name] = {"kind": kind, "digest": digest, "bytes": value["bytes"]}
+    return {**values, "options": options, "files": entries}
+
+
+def hashed(files: Iterable[FileEntry]) -> str:
+    """How many files were hashed, and what became of the others, in words."""
+    kinds = Counter(entry.kind for entry in files)
+    text = f"{kinds['sha256'] + kinds['xxh3']} files hashed"
+    text += f", {kinds['crc32']} with a CRC-32 alone" * bool(kinds["crc32"])
+    return text + f", {kinds['none']} without a digest" * bool(kinds["none"])
 
 
 def merged_adapters(folder: Path) -> set[str]:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from distmerge.clock import process_start
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, Interrupted, PeerFailed, VerifyError
 from distmerge.merge import merge
@@ -13,7 +14,7 @@ from distmerge.parent import launched
 from distmerge.progress import Display
 from distmerge.receipt import read_receipt
 from distmerge.work import WorkFolder
-from distmerge.world import World, default_nproc, launch, launched_here
+from distmerge.world import World, can_fork, default_nproc, launch, launched_here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,15 +29,22 @@ class MergeResult:
     seconds: float
 
 
-def run(config: MergeConfig) -> MergeResult:
+def run(config: MergeConfig, *, fresh: bool = False) -> MergeResult:
     """Merges as `config` says: as one rank under torchrun, on `config.nproc` new ranks of this machine, or in this
-    process alone. Raises the errors of `merge`; of several ranks only the first to fail raises it with words."""
-    started = time.monotonic()
+    process alone. Raises the errors of `merge`; of several ranks only the first to fail raises it with words.
+
+    A `fresh` process, which has imported torch and done nothing with it, may be forked; it then returns in every rank.
+    """
+    started, since = time.monotonic(), process_start() if fresh else time.time()
     if not launched() and (nproc := config.nproc or default_nproc(config.device)) > 1:
-        if exit_code := launch(nproc, ["merge", *config.to_argv()]):
+        fork = fresh and config.nproc is not None and can_fork(config.device)  # default_nproc asks the accelerators
+        exit_code = launch(nproc, ["merge", *config.to_argv()], fork=fork)
+        if exit_code is None:
+            _run_rank(config, since)
+        elif exit_code:
             raise PeerFailed("a rank has failed", exit_code=exit_code)
     else:
-        _run_rank(config)
+        _run_rank(config, since)
     receipt = read_receipt(config.output)
     if receipt is None:
         raise VerifyError("the output is gone", where=str(config.output))
@@ -49,12 +57,12 @@ def run(config: MergeConfig) -> MergeResult:
     )
 
 
-def _run_rank(config: MergeConfig) -> None:
+def _run_rank(config: MergeConfig, since: float) -> None:
     world = World.join(timeout=config.timeout)
     with WorkFolder(config.output) as work:
         try:
             with world.interruptible():
-                merge(config, work, world, Display(quiet=world.place.rank != 0))
+                merge(config, work, world, Display(quiet=world.place.rank != 0), since)
             if world.place.rank == 0:
                 work.drop_scratch(refused=False)
         except BaseException as error:

@@ -4,9 +4,10 @@ bytes must not depend on ranks."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from distmerge.clock import Profile
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, printable
 from distmerge.storage.files import read_input, replace_file
@@ -32,8 +33,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLog:
-    """What a rank did from `start` to `end`, in Unix seconds; its spans come one after another. Raises ValueError for
-    times that no clock shows."""
+    """What a rank did from `start` to `end`, in Unix seconds; its spans come one after another; where its time went, if
+    the log is not of a distmerge that did not tell. Raises ValueError for times that no clock shows."""
 
     rank: int
     host: str
@@ -41,9 +42,14 @@ class RankLog:
     start: float
     end: float
     spans: tuple[Span, ...]
+    profile: Profile | None = None
 
     def __post_init__(self) -> None:
         _check_times(self.start, self.end)
+
+    def published_in(self, seconds: float) -> RankLog:
+        """The log of the rank that published in that many seconds, after all the others had ended."""
+        return replace(self, profile=self.profile and replace(self.profile, publish=round(seconds, 6)))
 
     @property
     def seconds(self) -> float:
@@ -98,8 +104,8 @@ def read_run_log(path: Path) -> tuple[RankLog, ...]:
     for number, line in enumerate(read_input(path, _MAX_NBYTES).splitlines(), start=1):
         try:
             values = json.loads(line)
-            fields = {name: values[name] for name in RankLog.__slots__}
-            logs.append(decode(RankLog, fields))
+            fields = {name: values[name] for name in RankLog.__slots__ if name != "profile"}
+            logs.append(decode(RankLog, {**fields, "profile": values.get("profile")}))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"line {number} is no rank of a run log ({printable(str(error), 80)})"
             raise InputError(what, where=str(path)) from None

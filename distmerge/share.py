@@ -5,29 +5,30 @@ from __future__ import annotations
 import json
 import os
 import socket
-import threading
 import time
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
 
 from distmerge import __version__
 from distmerge.adapter.screen import weights_digest
+from distmerge.clock import profile_of
 from distmerge.config import MergeConfig
-from distmerge.errors import InputError, Interrupted, MachineError
+from distmerge.errors import InputError, MachineError
+from distmerge.follower import Followers
 from distmerge.layout import used_tensors
 from distmerge.numerics.compiled import arithmetic
 from distmerge.numerics.precision import full_precision
 from distmerge.plan import Plan, count_lanes
 from distmerge.runlog import RankLog, Span
-from distmerge.storage.records import decode, encode
+from distmerge.storage.checksums import require
+from distmerge.storage.records import decode_rows, encode_rows
 from distmerge.stream import SegmentRecord, Stream
 from distmerge.work import ShardRecord, WorkFolder
 from distmerge.world import World
 
 _REPORT_SECONDS = 0.5
+_WAIT_SECONDS = 0.1
 _MAX_LANES = 16
 
 
@@ -45,39 +46,49 @@ class Records:
         return sum(span.kept for span in self.log.spans)
 
     def to_json(self) -> str:
-        return encode(self)
+        return encode_rows(self)
 
     @staticmethod
     def from_json(text: str) -> Records:
-        records: Records = decode(Records, json.loads(text))
+        records: Records = decode_rows(Records, json.loads(text))
         return records
 
 
 class Share:
     """Does segments of `plan` on `device` and keeps their records; a context manager that ends its threads and
-    gives torch its settings back."""
+    gives torch its settings back. The run began `since` then, in Unix seconds."""
 
-    def __init__(self, plan: Plan, config: MergeConfig, work: WorkFolder, world: World, device: torch.device) -> None:
-        _check_alike(plan, config, device)
+    def __init__(
+        self,
+        plan: Plan,
+        config: MergeConfig,
+        work: WorkFolder,
+        world: World,
+        device: torch.device,
+        *,
+        since: float,
+    ) -> None:
+        if world.place.rank != 0:  # which has just planned
+            _check_alike(plan, config, device)
         self._precision = full_precision(num_threads=1)  # the lanes are the threads
         self._plan, self._work, self._world = plan, work, world
         self._earlier = work.done(plan)
-        self._per_file = Counter(segment.file for segment in plan.segments)
+        wanted = wanted_lanes(world.place.local_size)
         self._stream = Stream(
             plan,
             config.base,
             tuple(adapter.home for adapter in config.all_adapters),
             lambda number: work.open_file(plan, number),
             device=device,
-            num_lanes=count_lanes(plan, config.memory_budget, wanted=wanted_lanes(world.place.local_size)),
+            num_lanes=count_lanes(plan, config.memory_budget, wanted=wanted),
         )
+        self._followers = Followers(plan, work, world, self._earlier.shards, num_lanes=wanted)
         self._segments: list[SegmentRecord] = []
         self._device, self._started = device, time.time()
+        self._since = since
         self._spans: list[Span] = []
-        self._leaving = threading.Event()
-        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="finish")
-        self._finishing: list[Future[ShardRecord]] = []
         self._reported = 0.0
+        self._unread = 0
         self._doing = ""
 
     def __enter__(self) -> Share:
@@ -85,38 +96,34 @@ class Share:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leaving.set()
-        self._finisher.shutdown(wait=True, cancel_futures=True)
+        self._followers.close()
         self._stream.close()
         self._precision.__exit__(None, None, None)
 
     def do(self, number: int) -> None:
         """Writes segment `number`, unless an earlier run wrote it and its bytes are still what they were."""
-        file = self._plan.segments[number].file
-        self._doing = self._plan.files[file].name
+        self._doing = self._plan.files[self._plan.segments[number].file].name
+        self._followers.begin(number)
         record, started = self._earlier.segments.get(number), time.time()
-        kept = record is not None and self._stream.check(record, self.tick)
+        kept = record is not None and self._is_there(record)
         if record is None or not kept:
             record = self._stream.run(number, self.tick)
             self._work.note(self._plan, segment=record)
-            self._world.count(f"written/{file}")
         self._segments.append(record)
         nbytes = self._plan.segments[number].nbytes
         self._spans.append(Span(segment=number, start=started, end=max(started, time.time()), nbytes=nbytes, kept=kept))
-        if self._world.count(f"ended/{file}") == self._per_file[file]:
-            self._finishing.append(self._finisher.submit(self._finish, file))
+        self._followers.end(number, kept=kept)
 
     def records(self) -> Records:
         """The records of everything that `do` did, once the files that this rank ended are durable."""
         self._doing = "making files durable"
-        pending = set(self._finishing)
-        while pending:
-            _, pending = wait(pending, timeout=0.1)
+        while not self._followers.wait(_WAIT_SECONDS):
             self.tick()
+            self._world.watch("the segments of other ranks")
         self._report("waiting for the other ranks")
         return Records(
             segments=tuple(self._segments),
-            shards=tuple(future.result() for future in self._finishing),
+            shards=self._followers.records(),
             log=RankLog(
                 rank=self._world.place.rank,
                 host=socket.gethostname(),
@@ -124,39 +131,41 @@ class Share:
                 start=self._started,
                 end=max(self._started, time.time()),
                 spans=tuple(self._spans),
+                profile=profile_of(
+                    self._stream.clocks,
+                    self._followers.clocks,
+                    start=self._started - self._since,
+                    seconds=time.time() - self._started,
+                ),
             ),
         )
 
     def tick(self) -> None:
         """Notices signals and failed ranks, and reports progress; called a few times a second."""
         self._world.check()
-        for future in self._finishing:
-            if future.done():
-                future.result()  # a file that could not be ended ends the run now
+        self._followers.check()  # a file that could not be ended ends the run now
         if time.monotonic() - self._reported > _REPORT_SECONDS:
             self._report(self._doing)
 
     def _report(self, doing: str) -> None:
         self._reported = time.monotonic()
-        self._world.report({"nbytes": self._stream.nbytes_done, "doing": doing})
+        self._world.report({"nbytes": self._stream.nbytes_done + self._unread, "doing": doing})
 
-    def _finish(self, file: int) -> ShardRecord:
-        earlier = self._earlier.shards.get(file)
-        if earlier is not None and self._world.counted(f"written/{file}") == 0:
-            return earlier
-        record = self._work.finish(self._plan, file, self._abandon)
-        self._work.note(self._plan, shard=record)
-        self._work.event("shard_done", file=self._plan.files[file].name, nbytes=record.nbytes, sha256=record.sha256)
-        return record
-
-    def _abandon(self, _: memoryview) -> None:
-        if self._leaving.is_set():
-            raise Interrupted("the rank is ending")
+    def _is_there(self, record: SegmentRecord) -> bool:
+        """True if what an earlier run wrote of a segment is there. Without a checksum only a file that was made durable
+        is believed to be."""
+        segment = self._plan.segments[record.segment]
+        if record.crc32 is not None:
+            return self._stream.check(record, self.tick)
+        there = segment.file in self._earlier.shards and self._work.is_final(self._plan, segment.file)
+        self._unread += segment.nbytes * there
+        return there
 
 
 def _check_alike(plan: Plan, config: MergeConfig, device: torch.device) -> None:
-    """Raises MachineError or InputError if this rank would compute other bits than the one that planned. The base's
-    files are compared when they are opened."""
+    """Raises MachineError or InputError if this rank would compute other bits than the one that planned, UsageError if
+    it cannot compute the digests. The base's files are compared when they are opened."""
+    require(plan.file_digest)
     mine = {"distmerge": __version__, "torch": torch.__version__, "device": device.type}
     mine["arithmetic"] = arithmetic(device.type)
     for what, value in mine.items():

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from distmerge.blocks import NOTHING, Block, Effect, write_values
+from distmerge.checkpoint.header import ITEMSIZE
+from distmerge.clock import Clock, during
 from distmerge.first_pass import FirstPass
 from distmerge.lanes import Lane, Lanes
 from distmerge.layout import LARGEST_SPECTRUM, Piece, Segment, Task
@@ -27,9 +29,11 @@ from distmerge.numerics.lora import delta_norm
 from distmerge.numerics.spectrum import singular_values
 from distmerge.numerics.survival import Sums, total
 from distmerge.packer import Scales
+from distmerge.page_cache import outgrows_cache
 from distmerge.plan import Plan
 from distmerge.reader import Reader
-from distmerge.storage.files import memory_nbytes, read_exact, start_writeback, write_exact
+from distmerge.storage.checksums import crc32, join_crc32s
+from distmerge.storage.files import read_exact, write_exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +61,11 @@ class PieceRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRecord:
-    """A finished segment: the CRC-32 over the CRC-32s of its blocks in order, and what was done to its pieces."""
+    """A finished segment: the CRC-32 of its bytes, null for files that get no checksum, and what was done to its
+    pieces."""
 
     segment: int
-    crc32: int
+    crc32: int | None
     pieces: tuple[PieceRecord, ...]
 
 
@@ -75,12 +80,13 @@ class _Whole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Done:
-    """A block that is through: the CRC-32 of its bytes and what was done to it. It does not hold the block itself,
-    whose factors must be free to go."""
+    """A block that is through: the CRC-32 of its bytes, if there is to be one, and what was done to it. It does not
+    hold the block itself, whose factors must be free to go."""
 
     piece: int
     block: int
     numel: int
+    nbytes: int
     crc32: int
     effect: Effect
 
@@ -102,14 +108,18 @@ class Stream:
         num_lanes: int,
     ) -> None:
         self._plan, self._output = plan, output
-        # A model that fits in memory stays cached: it may be read again. A larger one would only push everything out.
-        self._forgets = plan.nbytes_to_read + plan.nbytes_to_write > memory_nbytes() // 2
+        self._forgets = outgrows_cache(plan)
         self._outputs: dict[int, int] = {}
         self._lock = threading.Lock()
         self._reader = Reader(plan, base, adapters, device)
         self._lanes = Lanes(plan, self._reader, device, num_lanes)
         self._first_pass = FirstPass(plan, self._reader, self._lanes)
         self.nbytes_done = 0
+
+    @property
+    def clocks(self) -> list[Clock]:
+        """The clocks of the lanes."""
+        return self._lanes.clocks
 
     def close(self) -> None:
         """Ends the lanes and closes every file."""
@@ -133,12 +143,14 @@ class Stream:
             blocks = self._blocks(segment, pieces, wholes, scales[0])
             found += self._lanes.each(blocks, self._merge_block, tick)
         done = sorted(found, key=_place)
-        self._pass_on(segment)
+        if self._forgets:
+            self._forget(segment)
+        by_piece = {i: list(blocks) for i, blocks in groupby(done, key=lambda block: block.piece)}
         return SegmentRecord(
             segment=number,
-            crc32=combine_crc32s([block.crc32 for block in done]),
+            crc32=_joined(done) if self._plan.file_digest != "none" else None,
             pieces=tuple(
-                _piece_record(i, self._plan.tasks[piece.task], piece, wholes.get(i, _Whole()), done)
+                _piece_record(self._plan.tasks[piece.task], piece, wholes.get(i, _Whole()), by_piece.get(i, []))
                 for i, piece in enumerate(segment.pieces)
             ),
         )
@@ -149,7 +161,7 @@ class Stream:
         self._close_others(segment.file)
         blocks = self._blocks(segment, range(len(segment.pieces)), None, None)
         done = sorted(self._lanes.each(blocks, self._check_block, tick), key=_place)
-        return combine_crc32s([block.crc32 for block in done]) == record.crc32
+        return _joined(done) == record.crc32
 
     def _blocks(
         self, segment: Segment, pieces: range, wholes: dict[int, _Whole] | None, scales: Scales | None
@@ -167,36 +179,50 @@ class Stream:
                 yield Block(piece=i, task=task, block=block, first=first, last=last, changes=changes, scales=scales)
 
     def _merge_block(self, lane: Lane, block: Block) -> _Done:
+        if self._plan.file_digest == "none" and self._copied(block):
+            return self._done(block, b"")
         data, effect = write_values(lane, self._reader, block)
-        write_exact(self._fd_out(block.task.file), data, self._offset(block), self._plan.files[block.task.file].name)
+        with during("write"):
+            name = self._plan.files[block.task.file].name
+            write_exact(self._fd_out(block.task.file), data, self._offset(block), name)
         return self._done(block, data, effect)
+
+    def _copied(self, block: Block) -> bool:
+        """True if the kernel has copied the block: it need not be looked at, and no checksum of it is wanted."""
+        task = block.task
+        if task.kind != "copy":
+            return False
+        with during("write"):
+            fd, place, nbytes = self._fd_out(task.file), self._offset(block), task.block_nbytes(block.block)
+            begin = block.first * ITEMSIZE[task.dtype]
+            return self._reader.copy(task.source.data, begin, fd, place, nbytes, origin=task.origin)
 
     def _check_block(self, lane: Lane, block: Block) -> _Done:
         task = block.task
         data = lane.view[: task.block_nbytes(block.block)]
-        read_exact(self._fd_out(task.file), data, self._offset(block), self._plan.files[task.file].name)
+        with during("read"):
+            read_exact(self._fd_out(task.file), data, self._offset(block), self._plan.files[task.file].name)
         return self._done(block, data)
 
-    def _done(self, block: Block, data: memoryview, effect: Effect = NOTHING) -> _Done:
+    def _done(self, block: Block, data: memoryview | bytes, effect: Effect = NOTHING) -> _Done:
+        nbytes = block.task.block_nbytes(block.block)
         with self._lock:
-            self.nbytes_done += len(data)
+            self.nbytes_done += nbytes
+        with during("hash"):
+            checksum = crc32(data) if self._plan.file_digest != "none" else 0
         return _Done(
             piece=block.piece,
             block=block.block,
             numel=block.last - block.first,
-            crc32=zlib.crc32(data),
+            nbytes=nbytes,
+            crc32=checksum,
             effect=effect,
         )
 
-    def _pass_on(self, segment: Segment) -> None:
-        """Lets the disk begin with a finished segment, and the page cache end with what it was made from."""
-        pieces = [piece for piece in segment.pieces if piece.last > piece.first]
-        if pieces:
-            task = self._plan.tasks[pieces[0].task]
-            begin = task.begin + task.block_begin(pieces[0].first)
-            start_writeback(self._fd_out(segment.file), begin, segment.nbytes)
-        if self._forgets:
-            for piece in pieces:
+    def _forget(self, segment: Segment) -> None:
+        """Gives the page cache's memory of what a segment was made from."""
+        for piece in segment.pieces:
+            if piece.last > piece.first:
                 task = self._plan.tasks[piece.task]
                 self._reader.forget(task, *task.elements(piece.first, piece.last))
 
@@ -243,8 +269,7 @@ def _whole(changes: tuple[Loaded, ...] | Combination) -> _Whole:
     )
 
 
-def _piece_record(i: int, task: Task, piece: Piece, whole: _Whole, done: list[_Done]) -> PieceRecord:
-    mine = [block for block in done if block.piece == i]
+def _piece_record(task: Task, piece: Piece, whole: _Whole, mine: list[_Done]) -> PieceRecord:
     applied = [block.effect.applied for block in mine if block.effect.applied]
     sums = [block.effect.sums for block in mine if block.effect.sums is not None]
     return PieceRecord(
@@ -261,6 +286,6 @@ def _piece_record(i: int, task: Task, piece: Piece, whole: _Whole, done: list[_D
     )
 
 
-def combine_crc32s(blocks: list[int]) -> int:
-    """The checksum of a segment from those of its blocks, in order: lanes end them in any order."""
-    return zlib.crc32(b"".join(crc32.to_bytes(4, "little") for crc32 in blocks))
+def _joined(done: list[_Done]) -> int:
+    """The CRC-32 of a segment from those of its blocks, in order: lanes end them in any order."""
+    return join_crc32s((block.crc32, block.nbytes) for block in done)

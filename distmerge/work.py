@@ -12,33 +12,33 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import secrets
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distmerge.clock import during
 from distmerge.errors import InputError, MachineError, VerifyError
+from distmerge.manifest import Manifest, read_manifest
+from distmerge.page_cache import outgrows_cache
 from distmerge.plan import Plan
 from distmerge.storage.files import (
     allocate,
+    drop_cache,
     free_nbytes,
     fsync_dir,
     io_errors,
-    read_exact,
     replace_file,
     write_exact,
 )
 from distmerge.storage.records import decode, encode
-from distmerge.storage.strict_json import read_object
-from distmerge.stream import SegmentRecord, combine_crc32s
+from distmerge.stream import SegmentRecord
 
 _MANIFEST = "manifest.json"
 _LOCK_SECONDS = 10.0
@@ -47,12 +47,12 @@ _STALE_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A weight file that is whole, durable and under its final name, with the checksums of its segments as they were
-    read back, made as a SegmentRecord's."""
+    """A weight file that is whole, durable and under its final name. If it was read back, with its digest in hex, of
+    the kind that the plan names, and the CRC-32s of its segments; otherwise these are empty."""
 
     file: int
     nbytes: int
-    sha256: str
+    digest: str
     segment_crc32s: tuple[int, ...]
 
 
@@ -76,6 +76,7 @@ class WorkFolder:
         self._made_scratch = False
         self.is_fresh = False
         self._is_ours = False
+        self._plan: Plan | None = None
         self._lock: int | None = None
         self._journal: int | None = None
         self._journal_lock = threading.Lock()
@@ -128,6 +129,7 @@ class WorkFolder:
             self.leave_if_fresh()
             raise
         self._is_ours = True
+        self._plan = plan
         return plan.digest
 
     def check(self, plan: Plan) -> None:
@@ -144,14 +146,17 @@ class WorkFolder:
         self.release()
 
     def load(self, digest: str) -> Plan:
-        """The plan in the manifest, as another rank wrote it. Raises VerifyError if it is not the expected one."""
+        """The plan in the manifest, as rank 0 wrote it. Raises VerifyError if it is not the expected one."""
+        if self._plan is not None and self._plan.digest == digest:
+            return self._plan
         path = self.path / _MANIFEST
         deadline = time.monotonic() + _STALE_SECONDS  # a network file system may show the file late
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.5)
-        plan = _plan_of(path)
+        manifest = read_manifest(path)
+        plan = manifest.plan() if manifest is not None and manifest.digest == digest else None
         self._is_ours = True
-        if plan is None or plan.digest != digest:
+        if plan is None:
             raise VerifyError(
                 "the manifest is not the one that rank 0 has written",
                 where=str(path),
@@ -160,10 +165,14 @@ class WorkFolder:
         return plan
 
     def done(self, plan: Plan) -> Done:
-        """What the journals say is finished under this very plan; torn and foreign lines count for nothing."""
+        """What the journals say is finished under this very plan; torn and foreign lines count for nothing, and neither
+        do whole files that were read back with other bytes than their segments have."""
         found = Done(segments={}, shards={})
+        shards: list[ShardRecord] = []
         for journal in sorted(self._done.glob("*.jsonl")):
-            for line in journal.read_bytes().split(b"\n"):
+            with io_errors(journal):
+                content = journal.read_bytes()
+            for line in content.split(b"\n"):
                 with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     entry = json.loads(line)
                     if entry["plan"] != plan.digest:
@@ -172,8 +181,8 @@ class WorkFolder:
                         segment: SegmentRecord = decode(SegmentRecord, entry["segment"])
                         found.segments[segment.segment] = segment
                     else:
-                        shard: ShardRecord = decode(ShardRecord, entry["shard"])
-                        found.shards[shard.file] = shard
+                        shards.append(decode(ShardRecord, entry["shard"]))
+        found.shards.update({shard.file: shard for shard in shards if _agrees(plan, shard, found.segments)})
         return found
 
     # -- weight files
@@ -182,19 +191,29 @@ class WorkFolder:
         """A descriptor for reading and writing weight file `number`, finished or not."""
         return self._open_either(plan.files[number].name, os.O_RDWR)
 
-    def finish(self, plan: Plan, number: int, each: Callable[[memoryview], None]) -> ShardRecord:
-        """Makes weight file `number`, all of whose segments are written, durable under its final name.
+    def is_final(self, plan: Plan, number: int) -> bool:
+        """True if weight file `number` has its final name and its length, and no other is about to take its place."""
+        file = plan.files[number]
+        path = self.model / file.name
+        return path.is_file() and path.stat().st_size == file.nbytes and not (self.model / f"{file.name}.part").exists()
 
-        `each` sees every piece that is read back for the digest, and may raise to abandon the file as it is.
+    def finish(self, plan: Plan, number: int, follow: Callable[[int], tuple[str, tuple[int, ...]]]) -> ShardRecord:
+        """Makes weight file `number` durable under its final name.
+
+        `follow` gets a descriptor of the file, returns once all of its segments are written, with its digest and their
+        CRC-32s, and may raise to abandon the file as it is.
         """
         file = plan.files[number]
         part, final = self.model / f"{file.name}.part", self.model / file.name
         fd = self._open_either(file.name, os.O_RDWR)
         try:
-            digest, crcs = read_back(plan, number, fd, each)
-            with io_errors(final):
-                nbytes = os.fstat(fd).st_size
+            digest, crcs = follow(fd)
+            if (nbytes := os.fstat(fd).st_size) != file.nbytes:
+                raise VerifyError(f"has {nbytes} bytes, planned were {file.nbytes}", where=file.name)
+            with io_errors(final), during("fsync"):
                 os.fsync(fd)
+            if outgrows_cache(plan):
+                drop_cache(fd, 0, nbytes)
         finally:
             os.close(fd)
         with io_errors(final):
@@ -203,10 +222,8 @@ class WorkFolder:
             except FileNotFoundError:  # an earlier attempt, or a rank that outlived it, was here first
                 if not final.exists():
                     raise
-        if nbytes != file.nbytes:
-            raise VerifyError(f"has {nbytes} bytes, planned were {file.nbytes}", where=file.name)
         fsync_dir(self.model)
-        return ShardRecord(file=number, nbytes=nbytes, sha256=digest, segment_crc32s=crcs)
+        return ShardRecord(file=number, nbytes=nbytes, digest=digest, segment_crc32s=crcs)
 
     def note(self, plan: Plan, **record: SegmentRecord | ShardRecord) -> None:
         """Appends a line to this process's journal: `segment=` or `shard=`. A shard's line is made durable."""
@@ -247,7 +264,7 @@ class WorkFolder:
 
     def clear_after(self, plan: Plan) -> None:
         """Removes what a run that died after publishing `plan` has left behind."""
-        earlier = _plan_of(self.path / _MANIFEST)
+        earlier = read_manifest(self.path / _MANIFEST)
         if earlier is not None and earlier.digest == plan.digest:
             self.discard()
 
@@ -291,14 +308,19 @@ class WorkFolder:
     def _agree(self, plan: Plan) -> None:
         path = self.path / _MANIFEST
         if not path.exists():
-            replace_file(path, encode({"version": 1, "plan": plan}).encode())
+            replace_file(path, Manifest.of(plan).data)
             return
-        earlier = _plan_of(path)
-        if earlier is not None and earlier.digest == plan.digest:
+        manifest = read_manifest(path)
+        if manifest is not None and manifest.digest == plan.digest:
             return
-        changed = _changes(earlier.fingerprint if earlier else {}, plan.fingerprint)
+        earlier = manifest.plan() if manifest is not None else None
+        if earlier is None:
+            what = "whose manifest is damaged, or of another version of distmerge"
+        else:
+            changed = _changes(earlier.fingerprint, plan.fingerprint) or "side files of the inputs"
+            what = f"of other inputs or options; changed: {changed}"
         raise InputError(
-            f"holds an unfinished merge of other inputs or options; changed: {changed or 'side files of the inputs'}",
+            f"holds an unfinished merge {what}",
             where=str(self.path),
             hint=f"finish that merge with its own command, or delete {self.path} to start over",
         )
@@ -316,9 +338,11 @@ class WorkFolder:
     def _prepare(self, plan: Plan, number: int) -> None:
         """The weight file with its header and its full length, its data as far as earlier runs wrote it."""
         file = plan.files[number]
-        part = self.model / f"{file.name}.part"
+        part, final = self.model / f"{file.name}.part", self.model / file.name
         with io_errors(part):
-            if not (self.model / file.name).exists() and not part.exists():
+            if final.exists() and final.stat().st_size != file.nbytes:  # not what was made durable: it is unfinished
+                final.rename(part)
+            if not final.exists() and not part.exists():
                 os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
             fd = self._open_either(file.name, os.O_RDWR)
         try:
@@ -345,49 +369,23 @@ def _check_foreign(path: Path) -> None:
     ours = {".lock", "model", "done", "status.json", "events.jsonl", "replaced", _MANIFEST}
     if path.is_symlink() or not path.is_dir():
         raise InputError("is there and is no work folder of distmerge", where=str(path), hint="move it away")
-    if any(
-        entry.name not in ours and not entry.name.startswith((f".{_MANIFEST}", ".status.")) for entry in path.iterdir()
-    ):
+    names = {entry.name for entry in path.iterdir()} - ours
+    if any(not (name.startswith(".") and name.endswith(".tmp")) for name in names):  # a kill leaves unfinished ones
         raise InputError("holds files that are not of distmerge", where=str(path), hint="move it away")
 
 
-def read_back(plan: Plan, number: int, fd: int, each: Callable[[memoryview], None]) -> tuple[str, tuple[int, ...]]:
-    """The SHA-256 of weight file `number`, and the checksums of its segments, from one pass over its bytes."""
-    name, digest, crcs = plan.files[number].name, hashlib.sha256(), []
-    buffer = memoryview(bytearray(max(plan.files[number].data_begin, plan.block_nbytes)))
-    offset = 0
-
-    def take(nbytes: int) -> int:
-        nonlocal offset
-        piece = buffer[:nbytes]
-        read_exact(fd, piece, offset, name)
-        each(piece)
-        digest.update(piece)
-        offset += nbytes
-        return zlib.crc32(piece)
-
-    take(plan.files[number].data_begin)
-    for segment in plan.segments_of(number):
-        blocks = []
-        for piece in plan.segments[segment].pieces:
-            task = plan.tasks[piece.task]
-            blocks += [take(task.block_nbytes(block)) for block in range(piece.first, piece.last)]
-        crcs.append(combine_crc32s(blocks))
-    return digest.hexdigest(), tuple(crcs)
+def _agrees(plan: Plan, shard: ShardRecord, segments: dict[int, SegmentRecord]) -> bool:
+    """True if the record of a whole file is of one that the plan has, and of the bytes that its segments have."""
+    if not 0 <= shard.file < len(plan.files) or shard.nbytes != plan.files[shard.file].nbytes:
+        return False
+    numbers = plan.segments_of(shard.file) if plan.reads_back else []
+    known = (segments[number].crc32 if number in segments else None for number in numbers)
+    return (*known,) == shard.segment_crc32s
 
 
 def room_needed(plan: Plan) -> int:
     """Bytes that the output takes on disk."""
     return plan.nbytes_to_write + sum(file.nbytes for file in plan.side_files) + (1 << 20) + 2000 * len(plan.tasks)
-
-
-def _plan_of(path: Path) -> Plan | None:
-    try:
-        manifest = read_object(path)
-        plan: Plan = decode(Plan, manifest.get("plan"))
-    except (InputError, ValueError):
-        return None
-    return plan
 
 
 def _changes(before: dict[str, str], now: dict[str, str]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import socket
@@ -28,16 +27,17 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
 from distmerge.errors import DistmergeError, Interrupted, MachineError, PeerFailed, UsageError
+from distmerge.launcher import RUN_PREFIX, Ended, end, fork_ranks, noting, rank_variables, start_ranks, watch
 from distmerge.parent import die_with_parent, launched
 
 _VALUE_NBYTES = 4 << 20  # the store drops a client that sends more than 8 MiB at once
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = (0.002, 0.05)  # for each rank, since one store answers all; and at most
 _CHECK_SECONDS = 0.2
 _BEAT_SECONDS = 1.0
 _GOODBYE_SECONDS = 30.0
 _PARTING_SECONDS = 2.0  # after a failure: enough for the others to notice it and end without words
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_RUN_PREFIX = "distmerge-"
+_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +53,15 @@ class Place:
     def num_nodes(self) -> int:
         return -(-self.size // self.local_size)
 
+    @property
+    def node(self) -> int:
+        """The rank of the first process of this rank's node, whose ranks launchers number one after another."""
+        return self.rank - self.local_rank % self.local_size
+
 
 def launched_here() -> bool:
     """True in a rank that `launch` has started, which speaks for it about signals."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_RUN_PREFIX)
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(RUN_PREFIX)
 
 
 class World:
@@ -66,7 +71,10 @@ class World:
         self.place = place
         self._store = store
         self._timeout = timeout
+        each, most = _POLL_SECONDS
+        self._poll = min(each * place.size, most)
         self._checked = 0.0
+        self._watched = place.rank
         self._signal: int | None = None
         self._beats: dict[int, tuple[str, float]] = {}
         self._over = threading.Event()
@@ -141,6 +149,11 @@ class World:
         """The last report of every rank, empty where there is none."""
         return [self._peek("report", rank) or {} for rank in range(self.place.size)]
 
+    def watch(self, step: str) -> None:
+        """Looks at one other rank, the next at each call. Raises MachineError where it has given no sign of life."""
+        self._watched = (self._watched + 1) % self.place.size
+        self._check_beats((self._watched,), step)
+
     def check(self) -> None:
         """Raises Interrupted after a signal and PeerFailed after another rank's failure; cheap to call often."""
         if self._signal is not None:
@@ -184,7 +197,7 @@ class World:
             patience = _PARTING_SECONDS if self._store.check(["failure"]) else _GOODBYE_SECONDS
             deadline = time.monotonic() + patience
             while not self._store.check(byes) and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(self._poll)
 
     # -- devices and signals
 
@@ -200,7 +213,8 @@ class World:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """In the body, signals that ask to stop are noticed by `check`; a second Ctrl-C stops at once."""
+        """In the body, signals that ask to stop are noticed by `check`, but for those that were ignored before, as by
+        nohup; a second Ctrl-C stops at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -210,7 +224,8 @@ class World:
             if number == signal.SIGINT:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        before = {number: signal.signal(number, note) for number in _SIGNALS}
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in heard}
         try:
             yield
         finally:
@@ -258,7 +273,7 @@ class World:
                 if self._store.check([key]):
                     return self._parts(key)
             self._check_beats(ranks, step)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(self._poll)
 
     def _peek(self, step: str, rank: int) -> Any:
         with self._alive():
@@ -289,10 +304,12 @@ class World:
 
 def device_type(wanted: str) -> str:
     """The device type that `wanted` (`auto`, `cpu`, `cuda`, ...) means here. Raises UsageError if it is not there."""
+    if wanted == "cpu":
+        return "cpu"
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found is not None and found.type == "mps":  # it has neither float64 nor pinned memory
         found = None
-    if wanted == "cpu" or (wanted == "auto" and found is None):
+    if wanted == "auto" and found is None:
         return "cpu"
     if found is None or wanted not in ("auto", found.type):
         raise UsageError(f"device {wanted!r} is not on this machine", hint="--device auto takes what is there")
@@ -304,48 +321,67 @@ def default_nproc(device: str) -> int:
     return 1 if device_type(device) == "cpu" else torch.accelerator.device_count()
 
 
-def launch(nproc: int, argv: list[str]) -> int:
-    """Runs `python -m distmerge ARGV` as `nproc` ranks of this machine under torch's elastic launcher.
-
-    Returns the exit code of the first rank that failed, or 0. The ranks speak for themselves; only a rank that was
-    killed is named here.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # it repeats every failure as a traceback
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=f"{_RUN_PREFIX}{uuid.uuid4().hex}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-    )
-    # The ranks get every choice as an option; a variable would fill in what is left at its default.
-    variables = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("DISTMERGE_")}
+def can_fork(device: str) -> bool:
+    """True if a process that has imported torch and done nothing with it may fork ranks for `device`: on Linux, where
+    there is no accelerator, or none is wanted. No accelerator is initialised, for that could not be forked."""
+    if sys.platform != "linux" or device == "cpu":
+        return sys.platform == "linux"
+    built_for = torch.accelerator.current_accelerator()  # asks no driver
+    if built_for is None or built_for.type != "cuda":
+        return built_for is None
+    before = os.environ.get(_NVML_CHECK)
+    os.environ[_NVML_CHECK] = "1"  # the only way of torch to ask without initialising CUDA
     try:
-        elastic_launch(config, sys.executable)("-m", "distmerge", *argv)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            raise MachineError(
-                f"killed by {name}",
-                where=f"rank {rank} on {socket.gethostname()} (pid {failure.pid})",
-                hint="out of memory? the same command resumes" if name == "SIGKILL" else "the same command resumes",
-            ) from None
-        if failure.exitcode == Interrupted.exit_code:
-            raise Interrupted(f"rank {rank} was stopped", hint="the same command resumes where it stopped") from None
-        return int(failure.exitcode)
-    except SignalException as error:
-        raise Interrupted(f"stopped by {error.sigval.name}", hint="the same command resumes where it stopped") from None
+        return not torch.cuda.is_available()
     finally:
-        os.environ.update(variables)
-    return 0
+        del os.environ[_NVML_CHECK]
+        if before is not None:
+            os.environ[_NVML_CHECK] = before
+
+
+def launch(nproc: int, argv: list[str], *, fork: bool) -> int | None:
+    """Runs `python -m distmerge ARGV` as `nproc` ranks of this machine, with the environment of torchrun and a store
+    that this process hosts; with `fork` they are forks of it, which need not import torch again.
+
+    Returns 0, or the exit code of the first rank that failed; None in a rank that was forked, whose work is still to be
+    done. The ranks speak for themselves; only a rank that was killed is named here.
+    """
+    address, run_id = "127.0.0.1", uuid.uuid4().hex
+    with noting() as noted, socket.create_server((address, 0), backlog=max(nproc, 128)) as listener:
+        port, own_threads = listener.getsockname()[1], bool(os.environ.get("OMP_NUM_THREADS"))
+        variables = [rank_variables(r, nproc, run_id=run_id, address=address, port=port) for r in range(nproc)]
+        if not own_threads:  # as torchrun does: the ranks are the threads
+            variables = [{**own, "OMP_NUM_THREADS": "1"} for own in variables]
+        try:
+            ranks = fork_ranks(variables, noted) if fork else start_ranks(argv, variables)
+        except OSError as error:
+            raise MachineError(f"ranks cannot be started ({error.strerror})", where=socket.gethostname()) from None
+        if ranks is None:
+            if not own_threads:
+                torch.set_num_threads(1)
+            return None
+        try:  # a thread serves the store, and a process with threads must not be forked: only now
+            store = TCPStore(address, port, nproc, True, wait_for_workers=False, master_listen_fd=listener.detach())
+        except BaseException:
+            end(ranks)
+            raise
+        ended = watch(ranks, noted)
+        del store  # the ranks were its clients until now
+    return _exit_code(ended)
+
+
+def _exit_code(ended: Ended) -> int:
+    if ended.rank is None:
+        return 0
+    if ended.stopped_by is not None:
+        raise Interrupted(f"stopped by {ended.stopped_by.name}", hint="the same command resumes where it stopped")
+    if ended.exit_code == Interrupted.exit_code:
+        raise Interrupted(f"rank {ended.rank} was stopped", hint="the same command resumes where it stopped")
+    if ended.exit_code < 0:
+        name = signal.Signals(-ended.exit_code).name
+        raise MachineError(
+            f"killed by {name}",
+            where=f"rank {ended.rank} on {socket.gethostname()} (pid {ended.pid})",
+            hint="out of memory? the same command resumes" if name == "SIGKILL" else "the same command resumes",
+        )
+    return ended.exit_code

@@ -61,6 +61,9 @@ class Computed:
     held_nbytes: int
 
 
+NOTHING = Computed(nbytes=0, held_nbytes=0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """What one adapter does to one output tensor, seen as `shape` (matrices, rows, cols).
@@ -80,7 +83,7 @@ class Change:
     adapter: int = 0
     weight: float = 1.0
     whole: bool = False
-    computed: Computed = Computed(nbytes=0, held_nbytes=0)
+    computed: Computed = NOTHING
     also: tuple[str, ...] = ()
 
     @property

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from distmerge.adapter.changes import ADD, LORA, Change, Computed
+from distmerge.adapter.changes import ADD, LORA, NOTHING, Change, Computed
 from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 
 _INTEGERS = ("I64", "I32", "U8")
@@ -20,7 +20,7 @@ _PREPARED_NBYTES = 14 * 4
 def computed(change: Change) -> Computed:
     """The memory, at most, of factors or other tensors that `change` computes from its own."""
     if change.operator in (LORA, ADD):
-        return Computed(nbytes=0, held_nbytes=0)
+        return NOTHING
     inputs = tuple((role, view.size, view.spec.dtype in _INTEGERS) for role, view in change.tensors.items())
     return _measured(change.operator, inputs, json.dumps(change.options, sort_keys=True))
 

@@ -58,6 +58,8 @@ class PatternTable:
 
     def values(self, module: str) -> list[Any]:
         """The values of all patterns that match `module`, in the order of the file."""
+        if not self._values:
+            return []
         found = {number for number, pattern in self._regular if pattern.match(module)}
         for tail in tails(module):
             for dots, patterns in self._literal.get(len(tail), {}).items():
@@ -67,6 +69,26 @@ class PatternTable:
                 if (number := patterns.get("".join(characters))) is not None:
                     found.add(number)
         return [self._values[number] for number in sorted(found)]
+
+
+class ModuleNames:
+    """The modules that target_modules or exclude_modules means: those that a pattern matches as a whole, or whose names
+    end with one of a list, at a dot. An empty pattern or list means none."""
+
+    def __init__(self, names: str | tuple[str, ...]) -> None:
+        self._pattern = names if isinstance(names, str) else None
+        self._ends = frozenset() if isinstance(names, str) else frozenset(names)
+        self._dots = sorted({name.count(".") for name in self._ends})
+
+    def __contains__(self, module: str) -> bool:
+        if self._pattern is not None:
+            return self._pattern == "all-linear" or bool(self._pattern and re.fullmatch(self._pattern, module))
+        parts = module.split(".")
+        return any(".".join(parts[-1 - dots :]) in self._ends for dots in self._dots if dots < len(parts))
+
+    def lists(self, module: str) -> bool:
+        """True if the list has the module by its whole name."""
+        return module in self._ends
 
 
 def tails(module: str) -> list[str]:

@@ -163,7 +163,7 @@ def _sort(saved: Saved, vocab: list[int], where: str) -> _Sorted:
     found = _Sorted()
     for name, view in saved.tensors.items():
         key = parse(name, ALL_TAILS)
-        idle = next((why for role, why in _IDLE.items() if key.role.split(".")[0] == role), "")
+        idle = _IDLE.get(key.role.split(".")[0])
         rows = view.size[0] if vocab and view.size else None
         resized = key.role.startswith("token_adapter.base_layer.") and rows is not None and rows not in vocab
         if key.role.startswith(("original_module.", "token_adapter.base_layer.")) and not resized:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from distmerge.adapter.patterns import PatternTable, check_pattern, layer_pattern, module_pattern, tails
+from distmerge.adapter.patterns import ModuleNames, PatternTable, check_pattern, layer_pattern, module_pattern
 from distmerge.adapter.tuners.fields import FIELDS
 from distmerge.adapter.tuners.registry import TUNERS, UNMERGEABLE
 from distmerge.errors import InputError, listing, printable, shown
@@ -75,12 +75,12 @@ class PeftConfig:
         return PatternTable(self.alpha_pattern)
 
     @cached_property
-    def _targets(self) -> str | frozenset[str]:
-        return self.target_modules if isinstance(self.target_modules, str) else frozenset(self.target_modules)
+    def _targets(self) -> ModuleNames:
+        return ModuleNames(self.target_modules)
 
     @cached_property
-    def _excluded(self) -> str | frozenset[str]:
-        return self.exclude_modules if isinstance(self.exclude_modules, str) else frozenset(self.exclude_modules)
+    def _excluded(self) -> ModuleNames:
+        return ModuleNames(self.exclude_modules)
 
     def matching_ranks(self, module: str) -> list[int]:
         """The LoRA ranks that `rank_pattern` gives `module`, in the file's order; `r` if no pattern matches."""
@@ -97,11 +97,9 @@ class PeftConfig:
 
     def targets(self, module: str) -> bool:
         """True if PEFT would put a LoRA on a linear layer named `module` (`check_target_module_exists`)."""
-        if self._excluded and _named(self._excluded, module):
+        if module in self._excluded or module not in self._targets:
             return False
-        if not _named(self._targets, module):
-            return False
-        if isinstance(self.target_modules, str) or module in self._targets or not self.layers_to_transform:
+        if isinstance(self.target_modules, str) or self._targets.lists(module) or not self.layers_to_transform:
             return True
         patterns = [layer_pattern(pattern) for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
         found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
@@ -245,12 +243,6 @@ def _version(value: Any) -> tuple[int, ...]:
     """The numbers of a version such as `0.19.1`; empty where there is none."""
     match = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", value) if isinstance(value, str) else None
     return tuple(int(part or 0) for part in match.groups()) if match else ()
-
-
-def _named(targets: str | frozenset[str], module: str) -> bool:
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(tail in targets for tail in tails(module))
 
 
 def _rank(value: Any, field: str, where: str) -> int:

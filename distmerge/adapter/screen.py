@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,16 +109,55 @@ def _tensors_digest(folder: Path, used: Sequence[TensorSpec]) -> str:
 
 def _nonzero(adapter: Adapter) -> set[str]:
     """The tensors that are merged and not zero everywhere, by their names in the file."""
-    specs = {view.spec.name: view.spec for view in adapter.views}
-    found = set()
-    for file in adapter.files:
+    specs = {view.spec.name: view.spec for view in adapter.views if view.spec.numel}
+    by_file: dict[str, list[TensorSpec]] = {file: [] for file in adapter.files}
+    for spec in sorted(specs.values(), key=lambda spec: spec.begin):
+        by_file[spec.file].append(spec)
+    found: set[str] = set()
+    for file, inside in by_file.items():
         where = str(adapter.folder / adapter.pickles.get(file, file))
         fd = open_input(adapter.folder / file)
         try:
-            found |= {name for name, spec in specs.items() if spec.file == file and _any_nonzero(fd, spec, where)}
+            for run in _runs(inside):
+                found |= _nonzero_of(fd, run, where)
         finally:
             os.close(fd)
     return found
+
+
+def _runs(specs: Iterable[TensorSpec]) -> Iterator[list[TensorSpec]]:
+    """Tensors of one dtype that lie side by side, as many as a chunk holds, or one that is larger."""
+    run: list[TensorSpec] = []
+    for spec in specs:
+        first, last = (run[0], run[-1]) if run else (spec, spec)
+        beside = last.begin + last.nbytes == spec.begin and last.dtype == spec.dtype
+        if run and not (beside and spec.begin + spec.nbytes - first.begin <= _CHUNK_NBYTES):
+            yield run
+            run = []
+        run.append(spec)
+    if run:
+        yield run
+
+
+def _nonzero_of(fd: int, run: list[TensorSpec], where: str) -> set[str]:
+    """The names of those of `run` that are not zero everywhere. Raises InputError for a value that is not finite."""
+    nbytes = run[-1].begin + run[-1].nbytes - run[0].begin
+    if len(run) == 1 or nbytes > _CHUNK_NBYTES:
+        return {spec.name for spec in run if _any_nonzero(fd, spec, where)}
+    data = bytearray(nbytes)
+    read_exact(fd, memoryview(data), run[0].begin, where)
+    values = torch.frombuffer(data, dtype=torch_dtype(run[0].dtype))
+    size = ITEMSIZE[run[0].dtype]
+    places = [((spec.begin - run[0].begin) // size, spec.numel) for spec in run]
+    # A sum shows every value that is not finite; one that overflows only sends us to look at each tensor.
+    if not torch.isfinite(values.sum(dtype=torch.float32)):
+        return {spec.name for spec in run if _any_nonzero(fd, spec, where)}
+    firsts = values[torch.tensor([place for place, _ in places])].tolist()
+    return {
+        spec.name
+        for spec, first, (place, numel) in zip(run, firsts, places, strict=True)
+        if first or bool(values[place : place + numel].any())
+    }
 
 
 def _any_nonzero(fd: int, spec: TensorSpec, where: str) -> bool:

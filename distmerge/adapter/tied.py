@@ -22,6 +22,7 @@ _HEADS = (
     (r"(backbone\.|model\.)?embeddings\.weight", "lm_head.weight"),
     (r"shared\.weight", "lm_head.weight"),
 )
+_MOST_DOTS = 3  # in a name that one of these patterns matches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +50,9 @@ def find_tie(base: Base) -> Tie | None:
 
 def find_pair(base: Base) -> tuple[str, str] | None:
     """The base's input embedding, and the name of its head, whether it has one or not; None if neither is known."""
+    candidates = [name for name in base.tensors if name.count(".") <= _MOST_DOTS]
     for pattern, head in _HEADS:
-        for name in base.tensors:
+        for name in candidates:
             if re.fullmatch(pattern, name):
                 return name, head
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
 
@@ -30,16 +31,12 @@ class View:
     @property
     def is_whole(self) -> bool:
         """True if the view is the tensor in its own order, whatever its shape."""
-        if self.offset or self.numel != self.spec.numel:
-            return False
-        expected = contiguous_stride(self.size)
-        return all(size == 1 or a == b for size, a, b in zip(self.size, self.stride, expected, strict=True))
+        return not self.offset and _is_solid(self.size, self.stride) and self.numel == self.spec.numel
 
     @property
     def extent(self) -> tuple[int, int]:
         """The elements [first, last) of the tensor between which the view lies."""
-        span = sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
-        return self.offset, self.offset + (span + 1 if self.numel else 0)
+        return self.offset, self.offset + _span(self.size, self.stride)
 
     @property
     def is_sparse(self) -> bool:
@@ -81,6 +78,25 @@ class View:
         return View(spec=self.spec, offset=self.offset, size=size, stride=stride)
 
 
+# The sizes and strides of an adapter's tensors are few, however many tensors it has.
+
+
+@lru_cache(maxsize=4096)
+def _span(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How many elements lie between the first and the last, both counted."""
+    if not math.prod(size):
+        return 0
+    return 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _is_solid(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """True if the elements follow one another in their own order."""
+    expected = contiguous_stride(size)
+    return all(length == 1 or a == b for length, a, b in zip(size, stride, expected, strict=True))
+
+
+@lru_cache(maxsize=4096)
 def contiguous_stride(size: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a tensor of `size` whose last dimension runs fastest."""
     return tuple(math.prod(size[dim + 1 :]) for dim in range(len(size)))

@@ -11,7 +11,7 @@ from distmerge.checkpoint.header import TensorSpec, read_header
 from distmerge.errors import DistmergeError, listing, printable
 from distmerge.progress import Counter
 from distmerge.receipt import FileEntry, Receipt
-from distmerge.storage.files import sha256_of
+from distmerge.storage.checksums import digest_of
 from distmerge.storage.strict_json import read_object
 
 _STALE = "the file changed after the merge; merge again"
@@ -58,16 +58,20 @@ def _check_file(output: Path, name: str, expected: FileEntry, files: dict[str, F
     if nbytes != expected.bytes and all(entry.bytes != nbytes for entry in files.values()):
         what = f"has {nbytes} bytes, the receipt says {expected.bytes}"
         return Finding(where=str(path), what=what, hint=_STALE)
-    if (digest := sha256_of(path)) == expected.sha256:
+    if expected.kind == "none":
+        what = f"has {nbytes} bytes, the receipt says {expected.bytes}"
+        return Finding(where=str(path), what=what, hint=_STALE) if nbytes != expected.bytes else None
+    if (digest := digest_of(path, expected.kind)) == expected.digest:
         return None
-    others = [other for other, entry in files.items() if (entry.sha256, entry.bytes) == (digest, nbytes)]
+    known = (expected.kind, digest, nbytes)
+    others = [other for other, entry in files.items() if (entry.kind, entry.digest, entry.bytes) == known]
     if others:
-        what = f"holds what {printable(others[0])} should hold, by its sha256"
+        what = f"holds what {printable(others[0])} should hold, by its {expected.kind}"
         return Finding(where=str(path), what=what, hint="files were swapped or copied over each other after the merge")
     if nbytes != expected.bytes:
         what = f"has {nbytes} bytes, the receipt says {expected.bytes}"
     else:
-        what = f"sha256 is {digest}, the receipt says {printable(expected.sha256)}"
+        what = f"{expected.kind} is {digest}, the receipt says {printable(expected.digest)}"
     return Finding(where=str(path), what=what, hint=_STALE)
 
 

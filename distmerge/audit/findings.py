@@ -105,10 +105,12 @@ class Probed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
     """What was checked and found right; `recomputed` and `probed` only where base and adapters were given, and the
-    depth asks for it."""
+    depth asks for it. `digests` counts the files by what the receipt has of them: `sha256`, `crc32`, `xxh3`, or `none`,
+    whose contents were not hashed."""
 
     depth: Depth
     num_files: int
+    digests: dict[str, int]
     nbytes: int
     num_tensors: int
     num_adapter_tensors: int

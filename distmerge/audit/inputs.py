@@ -43,6 +43,7 @@ def config_of(
         expert_b_order=options.expert_b_order,
         allow_pickle=options.allow_pickle,
         allow_zero_delta=options.allow_zero_delta,
+        digest=options.digest,
     )
 
 

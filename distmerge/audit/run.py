@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter as Counts
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from distmerge.plan import Plan, make_plan
 from distmerge.progress import Counter, Display
 from distmerge.receipt import Receipt, read_receipt
 from distmerge.share import wanted_lanes
+from distmerge.storage.checksums import require
 from distmerge.world import device_type
 
 _FITTED_ROOM = 1.02  # of plain scales' squared error, which 8-bit scales and one more rounding may add
@@ -61,6 +63,7 @@ def audit(output: Path, *, inputs: Inputs | None, request: Request, display: Dis
     receipt = read_receipt(output) if output.is_dir() else None
     if receipt is None:
         raise InputError(f"holds no {RECEIPT}", where=str(output), hint="verify takes the output of a merge")
+    require(receipt.options.digest)
     nbytes = sum(max(entry.bytes, 0) for entry in receipt.files.values())
     with display.counting("hashing", nbytes) as counter:
         _stop_at(output, check_files(output, receipt.files, counter))
@@ -75,6 +78,7 @@ def audit(output: Path, *, inputs: Inputs | None, request: Request, display: Dis
     return Audit(
         depth=request.depth,
         num_files=len(receipt.files),
+        digests=dict(sorted(Counts(entry.kind for entry in receipt.files.values()).items())),
         nbytes=nbytes,
         num_tensors=len(contents.tensors),
         num_adapter_tensors=len(receipt.ledger),

@@ -12,7 +12,8 @@ from torch import Tensor
 from distmerge.adapter.changes import LORA
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec, read_header
 from distmerge.errors import InputError, printable
-from distmerge.layout import BLOCK_NUMEL, Task
+from distmerge.grid import BLOCK_NUMEL
+from distmerge.layout import Task
 from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.low_rank import LOW_RANK
 from distmerge.plan import Plan

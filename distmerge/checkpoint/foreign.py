@@ -15,6 +15,7 @@ SIGNS = {
     "codes": "AQLM",
     "weight._data": "quanto",
 }
+_LEAVES = {sign.rpartition(".")[2] for sign in SIGNS}
 # Whole numbers that models have unpacked are of 64 bits.
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F8_E4M3", "F8_E5M2")
 HINT = "if the adapter changes none of them, --keep-quantized leaves them packed; else merge into the 16-bit base"
@@ -28,10 +29,12 @@ def find_foreign(
 
     Under a method that is not known every module is one which holds tensors of a packed dtype.
     """
+    strange = quantization is not None and not quantization.is_known
+    if not strange and not any(name.rpartition(".")[2] in _LEAVES for name in specs):
+        return {}, {}
     modules: dict[str, list[str]] = {}
     for name in specs:
         modules.setdefault(_module(name), []).append(name)
-    strange = quantization is not None and not quantization.is_known
     packings: dict[str, Foreign] = {}
     data: dict[str, str] = {}
     for module, names in modules.items():

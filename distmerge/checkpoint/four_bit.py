@@ -35,7 +35,7 @@ def find_four_bit(
     """
     packings: dict[str, Packing] = {}
     for name, spec in specs.items():
-        if match := _STATE.fullmatch(name):
+        if "quant_state" in name and (match := _STATE.fullmatch(name)):
             weight = match["weight"]
             if weight not in specs:
                 raise InputError("the quantization state has no weight", where=name)

@@ -29,6 +29,8 @@ MAX_HEADER_NBYTES = 100_000_000  # the library's own limit
 MAX_DIMS = 16
 MAX_NAME_LENGTH = 512
 METADATA = {"format": "pt"}
+_ENTRY = frozenset(("dtype", "shape", "data_offsets"))
+_MAX_COUNT = 1 << 63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,14 +142,14 @@ def _is_name(name: str) -> bool:
 
 def _fault(entry: Any) -> str:
     """What is wrong with a header's entry; empty if nothing is."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+    if not isinstance(entry, dict) or not entry.keys() >= _ENTRY:
         return "needs dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         return f"dtype {printable(str(dtype), 80)!r} is not known"
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_count, shape)):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not _are_counts(shape):
         return f"shape {str(shape)[:80]} is not a list of at most {MAX_DIMS} sizes"
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_counts(offsets):
         return f"data_offsets {str(offsets)[:80]} are not two sizes"
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if offsets[1] - offsets[0] != nbytes:
@@ -155,8 +157,8 @@ def _fault(entry: Any) -> str:
     return ""
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+def _are_counts(values: list[Any]) -> bool:
+    return {*map(type, values)} <= {int} and (not values or (min(values) >= 0 and max(values) < _MAX_COUNT))
 
 
 def _check_cover(tensors: list[TensorSpec], start: int, data_nbytes: int, where: str) -> None:

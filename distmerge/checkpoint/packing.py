@@ -231,7 +231,7 @@ class Stored:
 
     @property
     def numel(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.packing.shape if self.packing else self.data.shape)
 
     @property
     def nbytes_read(self) -> int:

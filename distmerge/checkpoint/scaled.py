@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from distmerge.checkpoint.header import TensorSpec
 from distmerge.checkpoint.packing import Packing, Scaled
@@ -21,6 +22,7 @@ from distmerge.errors import InputError, printable
 _PER_127TH = 7.874015718698502e-3  # bitsandbytes.functional.int8_vectorwise_dequant
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
+_BYTES = (*_FLOAT8, "I8")
 _TAILS = ("_scale_inv", "_scale")
 _ALIASES = (".scale", ".qscale_weight")  # DeepSeek-V4, Mistral Large 4
 # Beside a weight, for its inputs and outputs; of no use once the weight is dense.
@@ -28,6 +30,7 @@ _BESIDE = (
     *("input_scale", "input_zero_point", "input_scale_ub", "input_global_scale", "activation_scale"),
     *("output_scale", "output_zero_point", "weight_g_idx", "weight_shape"),
 )
+_ACTIVATION = "_activation_scale"
 _GROUP = 32  # elements that share a scale in OCP's formats
 _ROW_LAYOUT = 0
 
@@ -50,6 +53,19 @@ class Finder:
     dtype: str
     read: Callable[[TensorSpec], bytes]
     is_transposed: Callable[[str], bool]
+    _known_blocks: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, int]] = field(default_factory=dict)
+
+    @cached_property
+    def _others(self) -> dict[str, tuple[TensorSpec, ...]]:
+        """What lies beside each weight for its inputs and outputs, in the order of `_BESIDE`."""
+        found: dict[str, dict[int, TensorSpec]] = {}
+        for name, spec in self.specs.items():
+            module, _, leaf = name.rpartition(".")
+            if leaf in _BESIDE:
+                found.setdefault(f"{module}.weight", {})[_BESIDE.index(leaf)] = spec
+            elif leaf.endswith(_ACTIVATION):
+                found.setdefault(name.removesuffix(_ACTIVATION), {})[len(_BESIDE)] = spec
+        return {weight: tuple(beside[place] for place in sorted(beside)) for weight, beside in found.items()}
 
     def find(self) -> Found:
         """All of them. Raises InputError, naming tensors, for companions that are missing, that have another dtype or
@@ -64,7 +80,7 @@ class Finder:
             elif name.endswith("_blocks") and spec.dtype == "U8" and f"{name.removesuffix('_blocks')}_scales" in self:
                 weight = name.removesuffix("_blocks")
                 found = self._blocks(weight, spec)
-            elif (spec.dtype in _FLOAT8 or spec.dtype == "I8") and (scale := self._scale_of(name)) is not None:
+            elif spec.dtype in _BYTES and (scale := self._scale_of(name)) is not None:
                 weight = name
                 found = self._scaled(spec, scale)
             if found is not None:
@@ -144,15 +160,18 @@ class Finder:
                 where=spec.name,
                 hint="merge into the 16-bit base instead",
             )
-        module = spec.name.rpartition(".")[0]
-        names = [f"{module}.{tail}" for tail in _BESIDE] if spec.name == f"{module}.weight" else []
-        names.append(f"{spec.name}_activation_scale")
-        others = tuple(self.specs[name] for name in names if name in self)
+        others = self._others.get(spec.name, ())
         kind = "fp4_e2m1" if halves else "int8_scaled" if spec.dtype == "I8" else "fp8"
         return self._packing(kind, spec, scale, block, zero=zero, others=others, halves=halves)
 
     def _block(self, spec: TensorSpec, scale: TensorSpec) -> tuple[int, int]:
         """The rows and columns that one of the scales stands for, by the shape of their grid."""
+        shapes = spec.shape, scale.shape
+        if (block := self._known_blocks.get(shapes)) is None:
+            block = self._known_blocks[shapes] = self._find_block(spec, scale)
+        return block
+
+    def _find_block(self, spec: TensorSpec, scale: TensorSpec) -> tuple[int, int]:
         *stack, rows, cols = spec.shape
         known = dict.fromkeys(self.quantization.blocks if self.quantization else ())
         if scale.numel == 1 and math.prod(stack) == 1:

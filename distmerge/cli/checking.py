@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from distmerge.cli.loading import load
 from distmerge.cli.options import FOLDER, NBYTES, adapter_choices, print_data
 from distmerge.errors import UsageError, VerifyError
 from distmerge.progress import Display
@@ -71,6 +72,7 @@ def verify_command(
     ):
         if value is not None and depth not in depths:
             raise UsageError(f"{name} is for --depth {' or '.join(depths)}")
+    load("distmerge.audit.run")
     import distmerge
 
     try:
@@ -96,9 +98,11 @@ def verify_command(
 def render_audit(found: Audit) -> str:
     """What an audit found, in lines for people."""
     lines = [
-        f"verified {found.num_files} files by sha256, {found.num_tensors} tensors by header, "
+        f"verified {_render_files(found.digests)}, {found.num_tensors} tensors by header, "
         f"{found.num_adapter_tensors} adapter tensors by ledger"
     ]
+    if found.digests.get("none") and not found.recomputed:
+        lines.append("not looked at: the values of the weights, which have no digest (the merge had --digest none)")
     if found.probed:
         lines.append(_render_probed(found.probed))
     if found.recomputed and (found.recomputed.num_tensors or not found.probed):
@@ -106,6 +110,12 @@ def render_audit(found: Audit) -> str:
     if found.num_norms:
         lines.append(f"computed {found.num_norms} norms of the ledger again: all as they stand there")
     return "\n".join(lines)
+
+
+def _render_files(digests: dict[str, int]) -> str:
+    words = {"none": "length alone"}
+    parts = [f"{count} files by {words.get(kind, kind)}" for kind, count in digests.items()]
+    return " and ".join(parts) or "no files"
 
 
 def _render_recomputed(again: Recomputed, *, sampled: bool) -> str:

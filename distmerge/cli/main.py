@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -47,6 +48,7 @@ def _open_streams() -> None:
 def main() -> None:
     """Runs the command line and exits with the code of what happened."""
     _open_streams()
+    process = os.getpid()
     if launched():
         die_with_parent()  # before the seconds that importing torch takes
     quiet = os.environ.get("RANK", "0") != "0"
@@ -66,4 +68,9 @@ def main() -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 75
+    if os.getpid() != process:  # a forked rank: what is to be done at the end, its parent will do
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from distmerge.cli.checking import render_audit
+from distmerge.cli.loading import load
 from distmerge.cli.options import FOLDER, config_of, merge_options, print_data
 
 
@@ -27,10 +28,11 @@ def merge_command(as_json: bool, **values: Any) -> None:
       torchrun --nproc-per-node 8 -m distmerge merge --config recipe.yaml
     """
     config = config_of(values)
-    from distmerge.run import run  # torch takes seconds
+    fresh = load("distmerge.run")
+    from distmerge.run import run
     from distmerge.world import launched_here
 
-    result = run(config)
+    result = run(config, fresh=fresh)
     if os.environ.get("RANK", "0") != "0" or launched_here():
         return
     if as_json:
@@ -50,6 +52,7 @@ def plan_command(as_json: bool, **values: Any) -> None:
       distmerge plan --base llama-70b-nf4 --adapter my-qlora --output merged
     """
     config = config_of(values)
+    load("distmerge.publish")
     import distmerge
     from distmerge.report.table import plan_facts, plan_table
     from distmerge.share import wanted_lanes
@@ -73,6 +76,7 @@ def inspect_command(path: Path, as_json: bool) -> None:
     Example:
       distmerge inspect my-qlora
     """
+    load("distmerge.inspection")
     from distmerge.inspection import inspect, render
 
     facts = inspect(path)
@@ -89,6 +93,7 @@ def demo_command(output: Path, nproc: int) -> None:
     Example:
       distmerge demo
     """
+    load("distmerge.demo")
     from distmerge.demo import run_demo
 
     run_demo(output, nproc=nproc, say=print_data, verified=render_audit)

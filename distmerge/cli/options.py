@@ -13,6 +13,7 @@ import click
 
 from distmerge.config import (
     COMBINE,
+    DIGESTS,
     DTYPES,
     EXPERT_B_ORDERS,
     LISTS,
@@ -95,7 +96,7 @@ def _option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
 def merge_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that `merge` and `plan` share: everything that decides the output."""
-    for option in reversed([*_input_options(), *_quant_options(), *_run_options()]):
+    for option in reversed([*_input_options(), *_quant_options(), *_output_options(), *_run_options()]):
         command = option(command)
     return command
 
@@ -173,11 +174,9 @@ def _quant_options() -> list[Callable[[Any], Any]]:
     ]
 
 
-def _run_options() -> list[Callable[[Any], Any]]:
+def _output_options() -> list[Callable[[Any], Any]]:
     return [
         _option("--output", type=FOLDER, required=True, help="Folder of the merged checkpoint; must not exist yet."),
-        _option("--nproc", type=_Nproc(), help="Ranks to start on this machine; auto: one for each accelerator."),
-        _option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another accelerator type."),
         _option(
             "--dtype",
             type=click.Choice(list(DTYPES)),
@@ -210,6 +209,21 @@ def _run_options() -> list[Callable[[Any], Any]]:
             help="Largest output file, such as 5GB.  [default: the base's own files; 5GB for a packed base]",
         ),
         _option(
+            "--digest",
+            type=click.Choice(DIGESTS),
+            default="sha256",
+            show_default=True,
+            help="What is computed of each weight file: sha256 or xxh3 of what is read back from it, crc32 of what was "
+            "written to it; with none, nothing, and an interrupted merge keeps only files that were whole.",
+        ),
+    ]
+
+
+def _run_options() -> list[Callable[[Any], Any]]:
+    return [
+        _option("--nproc", type=_Nproc(), help="Ranks to start on this machine; auto: one for each accelerator."),
+        _option("--device", default="auto", show_default=True, help="auto, cpu, cuda or another accelerator type."),
+        _option(
             "--memory-budget",
             type=_NBytes(),
             default="2GiB",
@@ -219,6 +233,7 @@ def _run_options() -> list[Callable[[Any], Any]]:
         _option("--allow-zero-delta", is_flag=True, help="Merge even if every delta is zero."),
         _option("--overwrite", is_flag=True, help="Replace an output that an earlier merge wrote."),
         _option("--run-log", type=FOLDER, help="File for what each rank did and when, as JSON lines, for report."),
+        _option("--profile", is_flag=True, help="Say at the end where the time of each rank went."),
         _option("--timeout", type=float, default=600.0, show_default=True, help="Seconds until a silent rank is lost."),
         click.option(
             "--config",

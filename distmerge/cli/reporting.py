@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from distmerge.cli.loading import load
 from distmerge.cli.options import FOLDER, print_data
 
 
@@ -26,7 +27,8 @@ def report_command(merged: Path, output: Path | None, *, run_log: Path | None, a
     Example:
       distmerge report merged && open merged-report/report.html
     """
-    from distmerge.report.folder import write_report  # torch takes seconds
+    load("distmerge.report.folder")
+    from distmerge.report.folder import write_report
 
     made = write_report(merged, output, run_log=run_log)
     if as_json:

@@ -38,9 +38,9 @@ def sums_of_block(base: Tensor, work: Tensor, out: Tensor) -> list[float] | None
 def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(_LIBRARY)
-    except OSError:  # not built, or for another machine
+        for base in _NAMES.values():
+            for out in _NAMES.values():
+                getattr(library, f"measure_{base}_{out}").restype = None
+    except (OSError, AttributeError):  # not built, for another machine, or from an older source
         return None
-    for base in _NAMES.values():
-        for out in _NAMES.values():
-            getattr(library, f"measure_{base}_{out}").restype = None
     return library

@@ -89,8 +89,8 @@ def measure(base: Tensor, work: Tensor, out: Tensor, scratch: tuple[Tensor, Tens
     `work` may be overwritten. The two float32 tensors of `scratch`, equally long and of at most 2^24 elements, bound
     what is looked at at once. The sums are float32 arithmetic's, but where it cannot hold them.
     """
-    if (found := sums_of_block(base, work, out)) is not None:
-        return _compiled(found, base, work, out)
+    if (found := sums_of_block(base, work, out)) is not None and _is_exact(sums := _compiled(found, len(work))):
+        return sums
     step = len(scratch[0])
     parts = [
         _measure(base[i : i + step], work[i : i + step], out[i : i + step], scratch) for i in range(0, len(work), step)
@@ -181,10 +181,9 @@ def _measure(base: Tensor, work: Tensor, out: Tensor, scratch: tuple[Tensor, Ten
     return sums if _is_exact(sums) else survival_of(base.cpu(), delta.cpu(), out.cpu())
 
 
-def _compiled(found: list[float], base: Tensor, work: Tensor, out: Tensor) -> Sums:
+def _compiled(found: list[float], numel: int) -> Sums:
     *norms, along, unchanged, largest = found
-    sums = _sums(len(work), norms, along, int(unchanged), largest)
-    return sums if _is_exact(sums) else survival_of(base, work.double() - base.double(), out)
+    return _sums(numel, norms, along, int(unchanged), largest)
 
 
 def _sums(numel: int, norms: list[float], product: float, unchanged: int, largest: float) -> Sums:

@@ -16,25 +16,27 @@ _AUTO_CLASSES = (
     ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
     ("ForConditionalGeneration", "AutoModelForImageTextToText"),
 )
+_DIGESTS = {
+    "sha256": "every file's SHA-256",
+    "xxh3": "the XXH3 of every weight file and the SHA-256 of every other file",
+    "crc32": "the CRC-32 of every weight file and the SHA-256 of every other file",
+    "none": "the length of every weight file and the SHA-256 of every other file",
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, Any], verdict: Verdict) -> str:
     """The model card in Markdown, with metadata that the Hub reads; `config` is the output's configuration."""
-    from huggingface_hub import ModelCardData
-
     merged = [adapter for adapter in plan.adapters if not adapter.initial]
     told = [adapter.base_model for adapter in merged if _HUB_NAME.fullmatch(adapter.base_model)]
     several = len(merged) > 1
-    metadata = ModelCardData(
-        base_model=told[0] if told else None, library_name="transformers", tags=["distmerge", "lora", "merge"]
-    )
-    if told:
-        metadata["base_model_relation"] = "merge" if several else "finetune"
     auto_class = _auto_class(config)
     lines = [
         "---",
-        metadata.to_yaml(),
+        *([f"base_model: {told[0]}"] if told else []),  # no name of this form means anything else in YAML
+        "library_name: transformers",
+        *("tags:", "- distmerge", "- lora", "- merge"),
+        *([f"base_model_relation: {'merge' if several else 'finetune'}"] if told else []),
         "---",
         "",
         f"# {base_name}, with {_join([adapter.name for adapter in merged])} merged in",
@@ -58,7 +60,8 @@ def model_card(plan: Plan, base_name: str, num_applied: int, config: dict[str, A
         f"All {num_applied} adapter tensors were applied exactly once, in float32, and each element was rounded once"
         + _forms(plan)
         + _packing(plan)
-        + "`merge_receipt.json` lists every adapter tensor with the tensor it went into, and every file's SHA-256.",
+        + "`merge_receipt.json` lists every adapter tensor with the tensor it went into, and "
+        + f"{_DIGESTS[plan.file_digest]}.",
         "",
         *_survival(verdict),
         "```python",

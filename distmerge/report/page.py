@@ -12,7 +12,8 @@ from typing import Any
 
 from distmerge.errors import printable
 from distmerge.progress import clock, gigabytes
-from distmerge.receipt import Receipt
+from distmerge.receipt import Receipt, hashed
+from distmerge.report.profile import HEAD, profile_rows
 from distmerge.report.verdict import Verdict
 from distmerge.runlog import RankLog
 
@@ -79,7 +80,6 @@ def _subtitle(receipt: Receipt) -> str:
 def _strip(receipt: Receipt, verdict: Verdict) -> str:
     ledger, wanted = len(receipt.ledger), sum(adapter.num_tensors for adapter in receipt.adapters)
     applied = "adapter tensors, each applied exactly once" if ledger == wanted else f"of {wanted} adapter tensors"
-    nbytes = gigabytes(sum(file.bytes for file in receipt.files.values()))
     unchanged = "" if verdict.unchanged is None else f", {100 * verdict.unchanged:.0f} % of their elements unchanged"
     advice = f"To keep it: {verdict.remedy}." if verdict.is_lost else _size(verdict)
     head, _, rest = verdict.sentence.partition(": ")
@@ -88,10 +88,16 @@ def _strip(receipt: Receipt, verdict: Verdict) -> str:
         f"<span>{_with_options((rest[:1].upper() + rest[1:] + ' ' + advice).strip())}</span></div>",
         _tile(str(ledger), applied),
         _tile(str(verdict.num_changed), f"tensors changed{unchanged}"),
-        _tile(str(len(receipt.files)), f"files hashed, {nbytes}"),
+        _tile(*_files(receipt)),
         _packing(verdict),
     ]
     return f'<div class="strip">{"".join(tiles)}</div>'
+
+
+def _files(receipt: Receipt) -> tuple[str, str]:
+    nbytes = gigabytes(sum(file.bytes for file in receipt.files.values()))
+    number, _, words = hashed(receipt.files.values()).partition(" ")
+    return number, f"{words}, {nbytes}"
 
 
 def _packing(verdict: Verdict) -> str:
@@ -148,7 +154,12 @@ def _ranks(logs: Sequence[RankLog]) -> str:
         for log in logs
     ]
     head = ("rank", "host", "device", "segments", "output", "time", "of it busy")
-    return f'<h2>Ranks</h2><div class="wide">{_table(head, rows, numbers={3, 4, 5, 6})}</div>'
+    times = profile_rows(logs)
+    return (
+        f'<h2>Ranks</h2><div class="wide">{_table(head, rows, numbers={3, 4, 5, 6})}</div>'
+        + ("<p>Seconds of each step, over all lanes of a rank, and GB of output a second of it.</p>" if times else "")
+        + (f'<div class="wide">{_table(HEAD, times, numbers=set(range(1, len(HEAD))))}</div>' if times else "")
+    )
 
 
 def _inputs(receipt: Receipt) -> str:

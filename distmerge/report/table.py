@@ -14,6 +14,13 @@ from distmerge.plan import Plan, count_lanes
 from distmerge.progress import gigabytes
 from distmerge.storage.files import free_nbytes
 
+_DIGESTS = {
+    "sha256": "SHA-256 of every weight file, read back while it is written",
+    "xxh3": "XXH3 of every weight file, read back while it is written",
+    "crc32": "CRC-32 of every weight file, of what is written; nothing is read back",
+    "none": "none of weight files: only their lengths can be checked, and only whole files are kept for a resumed run",
+}
+
 
 def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbytes: int, nproc: int) -> dict[str, Any]:
     """What the plan means for the machine, as plain data: counts, bytes, memory for each rank, room, warnings."""
@@ -27,6 +34,7 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
     formats = Counter(packing.kind for packing in packings if packing and not isinstance(packing, Simulated))
     lanes = count_lanes(plan, config.memory_budget, wanted=wanted_lanes)
     buffers = lanes * (plan.lane_nbytes + plan.held_nbytes) + plan.loading_nbytes
+    reading = plan.followed_nbytes
     device = plan.fingerprint["device"]
     return {
         "plan": plan.digest,
@@ -35,9 +43,10 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         "device": device,
         "ranks": nproc,
         "lanes_per_rank": lanes,
-        "memory_per_rank": buffers,
+        "memory_per_rank": buffers + reading,
         "device_memory_per_rank": 0 if device == "cpu" else buffers,
         "combine": str(plan.combine),
+        "digest": plan.file_digest,
         "kinds": kinds,
         "packed_tensors": sum(formats.values()),
         "packed_formats": dict(formats),
@@ -90,6 +99,7 @@ def plan_table(facts: dict[str, Any]) -> str:
         rows.append(("overlaid", f"from the adapter: {', '.join(facts['overlaid_files'])}"))
     if facts["config_changed"]:
         rows.append(("config", "config.json is made true to the weights"))
+    rows.append(("digest", _DIGESTS[facts["digest"]]))
     rows.append(("device", f"{facts['device']}, {facts['ranks']} ranks, {facts['lanes_per_rank']} lanes each"))
     memory = f"{gigabytes(facts['memory_per_rank'])} of buffers for each rank, beside what torch takes"
     if facts["device_memory_per_rank"]:

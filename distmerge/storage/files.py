@@ -80,6 +80,19 @@ def write_exact(fd: int, view: memoryview, offset: int, where: str | Path) -> No
             done += os.pwrite(fd, view[done : done + WRITE_NBYTES], offset + done)
 
 
+def copy_range(source: int, begin: int, fd: int, offset: int, nbytes: int) -> int:
+    """Has the kernel copy bytes of the file `source` to `offset` of another one, without a look at them, where it can:
+    how many it copied, which may be none."""
+    done = 0
+    with contextlib.suppress(OSError, AttributeError):  # other file systems, other systems; a copy by hand tells why
+        while done < nbytes:
+            count = os.copy_file_range(source, fd, nbytes - done, begin + done, offset + done)
+            if count == 0:
+                break
+            done += count
+    return done
+
+
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:
     """Lets the disk begin with these bytes of the file, where the system can, so that an fsync later finds little left;
     they are not durable by that."""
@@ -144,9 +157,11 @@ def allocate(fd: int, nbytes: int, where: str | Path) -> None:
         os.ftruncate(fd, nbytes)
         if reserve is None or nbytes == 0:
             return
-        if reserve(fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(nbytes)) != 0:
+        while reserve(fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(nbytes)) != 0:
             code = ctypes.get_errno()
-            if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+                return
+            if code != errno.EINTR:  # after a signal, which is noticed elsewhere
                 raise OSError(code, os.strerror(code))
 
 
@@ -191,18 +206,24 @@ def copy_file(source: Path, path: Path) -> str:
 
 def sha256_of(path: Path, each: Callable[[memoryview], None] | None = None) -> str:
     """The SHA-256 of the file in hex, read in pieces; `each` sees every piece as it passes."""
+    digest = hashlib.sha256()
+    for piece in pieces_of(path):
+        digest.update(piece)
+        if each is not None:
+            each(piece)
+    return digest.hexdigest()
+
+
+def pieces_of(path: Path) -> Iterator[memoryview]:
+    """The bytes of the input file at `path` one after another, each piece in the memory of the one before."""
     fd = open_input(path)
     try:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_NBYTES))
-        offset, size = 0, os.fstat(fd).st_size
+        buffer, offset, size = memoryview(bytearray(READ_NBYTES)), 0, os.fstat(fd).st_size
         while offset < size:
             piece = buffer[: min(READ_NBYTES, size - offset)]
             read_exact(fd, piece, offset, path)
-            digest.update(piece)
-            if each is not None:
-                each(piece)
+            yield piece
             offset += len(piece)
-        return digest.hexdigest()
     finally:
         os.close(fd)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.errors import InputError, printable
+from distmerge.storage.collector import uncollected
 from distmerge.storage.files import read_input
 
 MAX_DEPTH = 100
@@ -41,8 +42,10 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`. Raises InputError when it is missing or malformed."""
-    value = parse_object(read_input(path, MAX_NBYTES), str(path))
-    if _is_deep(value):
+    with uncollected():
+        value = parse_object(read_input(path, MAX_NBYTES), str(path))
+        deep = _is_deep(value)
+    if deep:
         raise InputError(f"JSON is nested more than {MAX_DEPTH} deep", where=str(path))
     return value
 

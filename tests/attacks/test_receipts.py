@@ -65,6 +65,7 @@ _FIELDS: list[tuple[str | int, ...]] = [
     ("options", "max_shard_size"),
     ("options", "lora_alpha"),
     ("options", "allow_zero_delta"),
+    ("options", "digest"),
     ("ledger",),
     ("ledger", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
     ("ledger", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "tensor"),

@@ -9,6 +9,7 @@ import pytest
 
 from tests import factories
 from tests.cli.conftest import Cli
+from tests.conftest import tree
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,22 @@ def test_report_refuses_what_is_no_output_with_exit_3(cli: Cli, base: Path, merg
     assert "holds no merge_receipt.json" in cli("report", base, code=3).err
     assert "lies in the output" in cli("report", merged, "--output", merged / "report", code=3).err
     assert "run.jsonl" in cli("report", merged, "--run-log", tmp_path / "run.jsonl", code=3).err
+
+
+def test_profile_says_on_stderr_where_the_time_of_each_rank_went(
+    cli: Cli, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merge = ("merge", "--base", base, "--adapter", adapter, "--nproc", 1)
+    said = cli(*merge, "--output", tmp_path / "told", "--profile", "--json")
+    json.loads(said.out)
+    lines = [line.split() for line in said.err.splitlines()]
+    head = next(line for line in lines if line[:2] == ["rank", "lanes"])
+    assert {"start", "read", "compute", "measure", "hash", "write", "wait", "digest", "fsync", "publish"} <= set(head)
+    (rank,) = [line for line in lines if line[0] == "0"]
+    assert len(rank) == len(head)
+    assert all(float(cell) >= 0 for cell in rank)
+    assert "rank  lanes" not in cli(*merge, "--output", tmp_path / "quiet").err
+    assert tree(tmp_path / "told") == tree(tmp_path / "quiet")
 
 
 def test_a_run_log_goes_from_merge_to_report(cli: Cli, base: Path, adapter: Path, tmp_path: Path) -> None:

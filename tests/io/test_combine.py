@@ -19,7 +19,7 @@ import distmerge
 from distmerge import AdapterChoice, MergeConfig
 from distmerge.checkpoint.header import read_header
 from distmerge.errors import InputError, VerifyError
-from distmerge.layout import BLOCK_NUMEL
+from distmerge.grid import BLOCK_NUMEL
 from distmerge.numerics.combine import draw
 from distmerge.numerics.methods import Combine
 from distmerge.plan import make_plan

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,30 @@ def test_an_installation_without_a_compiler_gives_the_same_weights_and_the_same_
         mine = found["tensors"][name].pop("survival") or {}
         assert {key: mine[key] for key in known} == pytest.approx(known, rel=2e-5)
         assert found["tensors"][name] == tensor
+
+
+def test_a_library_that_lacks_a_function_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was compiled from an older source and stayed where it was."""
+    monkeypatch.setattr(compiled, "_LIBRARY", ctypes.util.find_library("c"))
+    compiled._library.cache_clear()
+    assert compiled.arithmetic("cpu") == "torch"
+    monkeypatch.undo()
+    compiled._library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "made"),
+    [("cc", True), ("env cc -O0", True), ("cc -include no-such-file", False), ("no-such-compiler", False)],
+)
+def test_the_package_is_built_with_or_without_a_compiler(
+    compiler: str, made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    hatch_build = pytest.importorskip("hatch_build", exc_type=ImportError)  # hatchling may be missing
+    source = tmp_path / hatch_build.SOURCE
+    source.parent.mkdir(parents=True)
+    shutil.copy(hatch_build.SOURCE, source)
+    monkeypatch.setenv("CC", compiler)
+    assert hatch_build.compiled(tmp_path) == (source.with_name("libsums.so") if made else None)
+    assert {path.name for path in source.parent.iterdir()} == {"sums.c"} | ({"libsums.so"} if made else set())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from distmerge import AdapterChoice, MergeConfig
 from distmerge.errors import MachineError, VerifyError
 from distmerge.plan import Plan
 from distmerge.reader import Reader
+from distmerge.stream import SegmentRecord
 from distmerge.work import ShardRecord, WorkFolder
 from tests.conftest import environment
 from tests.factories import load_folder, merge, split_files, write_adapter, write_base
@@ -90,17 +91,19 @@ def test_a_base_of_more_shards_than_files_may_be_open_is_merged(tmp_path: Path) 
 def test_a_byte_that_changes_between_writing_and_reading_back_is_found(
     place: int, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = WorkFolder.finish
+    note = WorkFolder.note
 
-    def flip(self: WorkFolder, plan: Plan, number: int, each: Callable[[memoryview], None]) -> ShardRecord:
-        if number == 1:
-            path = self.model / f"{plan.files[number].name}.part"
-            content = bytearray(path.read_bytes())
-            content[place if place < 0 else plan.files[number].data_begin + place] ^= 1
-            path.write_bytes(content)
-        return finish(self, plan, number, each)
+    def flip(self: WorkFolder, plan: Plan, **record: SegmentRecord | ShardRecord) -> None:
+        segment = record.get("segment")
+        if isinstance(segment, SegmentRecord) and plan.segments_of(1)[-1] == segment.segment:
+            with (self.model / f"{plan.files[1].name}.part").open("r+b") as file:
+                file.seek(place, os.SEEK_END) if place < 0 else file.seek(plan.files[1].data_begin + place)
+                byte = file.read(1)[0]
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte ^ 1]))
+        note(self, plan, **record)
 
-    monkeypatch.setattr(WorkFolder, "finish", flip)
+    monkeypatch.setattr(WorkFolder, "note", flip)
     with pytest.raises(VerifyError, match="read back with other bytes"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import distmerge
 from distmerge import AdapterChoice, MergeConfig
 from distmerge.errors import VerifyError
-from distmerge.layout import BLOCK_NUMEL
+from distmerge.grid import BLOCK_NUMEL
 from tests import oracles
 from tests.conftest import digests, tree
 from tests.factories import headers, hub_snapshot, load_folder, merge, save_base, split_files, write_adapter, write_base

@@ -190,7 +190,9 @@ def test_the_card_is_one_that_the_hub_reads(base: Path, adapter: Path, tmp_path:
     card = ModelCard.load(merge(base, lora, tmp_path / "out") / "README.md")
     assert card.data.base_model == "meta-llama/Llama-3.1-8B"
     assert card.data.library_name == "transformers"
-    assert "merge" in card.data.tags
+    assert card.data.tags == ["distmerge", "lora", "merge"]
+    assert card.data.base_model_relation == "finetune"
+    assert card.content.startswith(f"---\n{card.data.to_yaml()}\n---\n")  # as the Hub's own library writes it
     assert "[meta" not in card.data.to_yaml()
     assert r"lora\_\[x\]\|y" in card.text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distmerge import reader, stream
+from distmerge import page_cache, reader, work
 from tests.conftest import tree
 from tests.factories import merge
 
@@ -25,6 +25,7 @@ def test_what_was_read_is_dropped_only_where_the_model_does_not_fit(
 ) -> None:
     base, merged = pair
     dropped: list[tuple[str, int, int]] = []
+    written: list[tuple[int, int]] = []
     drop = reader.drop_cache
 
     def note(fd: int, offset: int, nbytes: int) -> None:
@@ -32,11 +33,13 @@ def test_what_was_read_is_dropped_only_where_the_model_does_not_fit(
         drop(fd, offset, nbytes)
 
     monkeypatch.setattr(reader, "drop_cache", note)
-    monkeypatch.setattr(stream, "memory_nbytes", lambda: memory)
+    monkeypatch.setattr(work, "drop_cache", lambda fd, offset, nbytes: written.append((offset, nbytes)))
+    monkeypatch.setattr(page_cache, "memory_nbytes", lambda: memory)
     assert tree(merge(base, adapter, tmp_path / "out")) == tree(merged)
     if memory > 1:
-        assert dropped == []
+        assert dropped == written == []
         return
+    assert sorted(written) == sorted((0, path.stat().st_size) for path in merged.glob("*.safetensors"))
     assert {path for path, _, _ in dropped} == {str(path.resolve()) for path in base.glob("*.safetensors")}
     for path, offset, nbytes in dropped:
         assert 8 < offset <= offset + nbytes <= os.stat(path).st_size, "only data that was read"

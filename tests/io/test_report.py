@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+from distmerge.clock import Clock, profile_of
 from distmerge.errors import InputError, MachineError
 from distmerge.numerics.survival import Survival
 from distmerge.receipt import LedgerEntry, Receipt, TensorEntry, read_receipt
 from distmerge.report.folder import Report, write_report
 from distmerge.report.survey import errors, make_grid, spectra, spot
 from distmerge.report.verdict import judge
-from distmerge.runlog import RankLog, Span
+from distmerge.runlog import RankLog, Span, read_run_log, write_run_log
 from tests import factories
 from tests.conftest import tree
 
@@ -209,8 +210,6 @@ def test_a_run_log_adds_the_time_of_each_rank(merged: Path, tmp_path: Path) -> N
         )
         for rank in range(64)
     ]
-    from distmerge.runlog import write_run_log
-
     write_run_log(tmp_path / "log", logs)
     made = write_report(merged, tmp_path / "report", run_log=tmp_path / "log")
     assert pictures(made)[-1] == "ranks"
@@ -473,6 +472,55 @@ def test_a_run_log_says_what_the_rank_did_and_changes_no_byte_of_the_output(
     assert line["start"] <= line["spans"][0]["start"] <= line["spans"][-1]["end"] <= line["end"]
     assert 0 < line["busy_seconds"] <= line["seconds"] + 0.001
     assert not any(span["kept"] for span in line["spans"])
+
+
+def test_the_profile_of_a_rank_accounts_for_all_time_of_its_lanes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    factories.merge(base, adapter, tmp_path / "out", run_log=tmp_path / "log")
+    (log,) = read_run_log(tmp_path / "log")
+    assert log.profile is not None
+    seconds = asdict(log.profile)
+    lanes = [seconds.pop(step) for step in ("read", "load", "compute", "measure", "hash", "write", "wait")]
+    assert sum(lanes) == pytest.approx(seconds.pop("lanes") * log.seconds, rel=0.05)
+    assert min(lanes) > 0
+    assert seconds.pop("start") > 0
+    assert min(seconds.values()) > 0, seconds  # digest, fsync, publish
+
+
+def test_a_run_log_from_before_there_were_profiles_is_read(out: Path, tmp_path: Path) -> None:
+    log = RankLog(rank=0, host="old", device="cpu", start=1e9, end=1e9 + 2, spans=())
+    write_run_log(tmp_path / "log", [log])
+    values = json.loads((tmp_path / "log").read_text())
+    del values["profile"]
+    (tmp_path / "log").write_text(json.dumps(values))
+    assert read_run_log(tmp_path / "log") == (log,)
+    page = page_of(write_report(out, tmp_path / "report", run_log=tmp_path / "log"))
+    assert "old" in page
+    assert "Seconds of each step" not in page
+
+
+def test_the_report_shows_where_the_time_of_each_rank_went(out: Path, tmp_path: Path) -> None:
+    clock = Clock()
+    clock.seconds = {"read": 12.25, "write": 1.0}
+    profile = profile_of([clock], [], start=3.21, seconds=20.0)
+    logs = [
+        RankLog(rank=rank, host="h", device="cpu", start=1e9, end=1e9 + 20, spans=(), profile=profile)
+        for rank in range(3)
+    ]
+    write_run_log(tmp_path / "log", logs)
+    text = Elements(page_of(write_report(out, tmp_path / "report", run_log=tmp_path / "log"))).text
+    assert all(told in text for told in ("Seconds of each step", "12.25", "36.75", "3.21", "fsync"))
+
+
+@pytest.mark.parametrize("change", [{"read": -1.0}, {"read": "1"}, {"wait": 1e300}, {"lanes": 1.5}, {"more": 1.0}])
+def test_a_profile_that_no_clock_shows_is_refused(change: dict[str, Any], out: Path, tmp_path: Path) -> None:
+    profile = profile_of([Clock()], [], start=1.0, seconds=1.0)
+    log = RankLog(rank=0, host="h", device="cpu", start=1e9, end=1e9 + 2, spans=(), profile=profile)
+    write_run_log(tmp_path / "log", [log])
+    values = json.loads((tmp_path / "log").read_text())
+    values["profile"] |= change
+    (tmp_path / "log").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="line 1 is no rank"):
+        write_report(out, run_log=tmp_path / "log")
 
 
 @pytest.mark.parametrize("where", ["base/log", "adapter/log", "out/log", "nowhere/log", "."])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.errors import InputError, Interrupted
 from distmerge.numerics.precision import full_precision
 from distmerge.plan import Plan, make_plan
+from distmerge.storage.files import replacing
+from distmerge.storage.records import encode
 from distmerge.stream import Stream
 from distmerge.work import ShardRecord, WorkFolder
 from tests.conftest import Command, tree
@@ -55,11 +59,15 @@ def halfway(request: pytest.FixtureRequest, adapter: Path, tmp_path: Path) -> tu
 
 def test_the_journal_gives_back_what_was_noted(base: Path, adapter: Path, tmp_path: Path) -> None:
     half = Halfway(base, adapter, tmp_path / "out", count=3)
-    shard = ShardRecord(file=0, nbytes=5, sha256="ab", segment_crc32s=(7,))
-    half.work.note(half.plan, shard=shard)
+    segments = half.work.done(half.plan).segments
+    crcs = tuple(segments[number].crc32 for number in half.plan.segments_of(0))
+    shard = ShardRecord(file=0, nbytes=half.plan.files[0].nbytes, digest="ab", segment_crc32s=crcs)
+    lies = [{"segment_crc32s": (7, *crcs[1:])}, {"segment_crc32s": crcs[1:]}, {"nbytes": 5}, {"file": -1}, {"file": 99}]
+    for record in (replace(shard, **lies[0]), shard, *(replace(shard, **lie) for lie in lies)):
+        half.work.note(half.plan, shard=record)
     done = WorkFolder(half.output).done(half.plan)
     assert sorted(done.segments) == [0, 1, 2]
-    assert done.shards == {0: shard}
+    assert done.shards == {0: shard}, "what its segments' records contradict is no whole file"
     with stream_of(half.plan, base, adapter, half.work) as stream:
         again = [stream.run(number, lambda: None) for number in range(3)]
         assert [done.segments[number] for number in range(3)] == again, "a segment's record depends on it alone"
@@ -114,6 +122,20 @@ def test_a_damaged_work_folder_is_repaired(harm: str, base: Path, adapter: Path,
         part.write_bytes({"header": b"\0" * 64 + content[64:], "shorter": content[:500], "longer": content * 2}[harm])
     merge(base, adapter, half.output)
     assert tree(half.output) == tree(merged)
+
+
+def test_a_merge_that_was_killed_while_it_wrote_the_manifest_is_begun_again(
+    base: Path, adapter: Path, merged: Path, tmp_path: Path
+) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=0)
+    manifest = half.work.path / "manifest.json"
+    killed = replacing(manifest)  # its body never ends
+    os.write(killed.__enter__(), b"{")
+    manifest.unlink()
+    assert len([path for path in half.work.path.iterdir() if path.suffix == ".tmp"]) == 1
+    merge(base, adapter, half.output)
+    assert tree(half.output) == tree(merged)
+    assert not half.work.path.exists()
 
 
 def test_a_merge_that_stopped_at_any_segment_is_finished(
@@ -185,6 +207,13 @@ def test_a_manifest_that_is_damaged_is_refused_and_not_a_crash(
     plan = {**whole["plan"], **plan} if isinstance(plan, dict) and plan else plan
     path.write_text(json.dumps({**whole, "plan": plan}))
     with pytest.raises(InputError, match="holds an unfinished merge"):
+        merge(base, adapter, half.output)
+
+
+def test_a_manifest_of_another_version_is_refused_as_that(base: Path, adapter: Path, tmp_path: Path) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=1)
+    (half.work.path / "manifest.json").write_text(encode({"version": 1, "plan": half.plan}))
+    with pytest.raises(InputError, match="whose manifest is damaged, or of another version of distmerge"):
         merge(base, adapter, half.output)
 
 

@@ -202,7 +202,7 @@ def test_two_memory_budgets_and_two_layouts_give_equal_tensors(tmp_path: Path) -
         simulate_quant="nf4",
     )
     plan = distmerge.plan(config)
-    smallest = plan.loading_nbytes + plan.lane_nbytes + plan.held_nbytes
+    smallest = plan.loading_nbytes + plan.followed_nbytes + plan.lane_nbytes + plan.held_nbytes
     second = merge(dense, adapter, tmp_path / "second", simulate_quant="nf4", memory_budget=smallest)
     assert digests(first) == digests(second)
     with pytest.raises(InputError, match="bytes are too few"):

@@ -21,14 +21,29 @@ MODULES = {
 # From the bottom up. A module may import what lies below it or beside it.
 LAYERS = [
     ["errors"],
-    ["storage", "config", "progress", "parent"],
+    ["storage", "config", "progress", "parent", "launcher", "clock"],
     ["numerics", "checkpoint", "world"],
     ["adapter"],
     [
-        *("layout", "forms", "outputs", "keeping", "plan", "dense", "reader", "lanes", "stream", "simulate"),
+        *(
+            "grid",
+            "layout",
+            "forms",
+            "outputs",
+            "keeping",
+            "fingerprint",
+            "plan",
+            "page_cache",
+            "manifest",
+            "dense",
+            "reader",
+            "lanes",
+            "stream",
+            "simulate",
+        ),
         *("rounding", "packer", "blocks", "first_pass", "shards", "doubts"),
     ],
-    ["claim", "work", "verify", "receipt", "report", "publish", "share", "runlog"],
+    ["claim", "work", "follower", "verify", "receipt", "report", "publish", "share", "runlog"],
     ["merge", "audit", "inspection", "demo", "evaluation"],
     ["run"],
     ["cli"],
@@ -41,7 +56,7 @@ DOORS = {
     "yaml": {"distmerge.config"},
     "click": {"distmerge.cli"},
     "rich": {"distmerge.progress"},
-    "huggingface_hub": {"distmerge.report.card"},
+    "huggingface_hub": set(),
     "bitsandbytes": set(),
     "matplotlib": {"distmerge.report.figures"},
     "transformers": {
@@ -50,6 +65,8 @@ DOORS = {
     },
     "peft": {"distmerge.evaluation.models"},
     "accelerate": {"distmerge.evaluation.models"},
+    "isal": {"distmerge.storage.checksums"},
+    "xxhash": {"distmerge.storage.checksums"},
     "pickle": set(),
 }
 PURE = ("os", "pathlib", "io", "logging", "distmerge.storage", "distmerge.world")

@@ -39,12 +39,13 @@ class Launch:
         return self._words
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The live processes of this launch that have a RANK, by rank."""
+        """The live processes of this launch that have a RANK, or a name with one, by rank."""
         found = {}
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children():
                 with contextlib.suppress(psutil.Error):
-                    rank = child.environ().get("RANK")
+                    # The environment that a forked rank was given is not to be seen from outside; its name is.
+                    rank = child.environ().get("RANK", child.name().partition("distmerge-")[2] or None)
                     if rank is not None and child.status() != psutil.STATUS_ZOMBIE:
                         found[int(rank)] = self._seen[child.pid] = child
         return found

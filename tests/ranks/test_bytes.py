@@ -42,12 +42,13 @@ def test_one_process_with_the_smallest_budget_gives_the_same_bytes(
     assert tree(tmp_path / "merged") == undisturbed.files
 
 
-@pytest.mark.parametrize("shard", ["50GB", "20KB"])
+@pytest.mark.parametrize(("shard", "digest"), [("50GB", "none"), ("20KB", "crc32")])
 def test_more_ranks_than_segments_or_many_tiny_shards(
-    distmerge: Command, torchrun: Command, adapter: Path, tmp_path: Path, shard: str
+    distmerge: Command, torchrun: Command, adapter: Path, tmp_path: Path, *, shard: str, digest: str
 ) -> None:
     base = factories.save_packed_base(tmp_path / "nf4", shard=shard)
     args = ("merge", "--base", base, "--adapter", adapter, "--max-shard-size", shard.replace("20KB", "60KB"))
+    args += ("--digest", digest)
     distmerge(*args, "--output", tmp_path / "one", "--nproc", 1)
     torchrun(*args, "--output", tmp_path / "three", nproc=3)
     one = tree(tmp_path / "one")
@@ -102,4 +103,6 @@ def test_a_run_log_tells_of_every_rank_and_segment_and_leaves_the_output_as_it_i
     spans = [span for rank in ranks for span in rank.spans]
     assert sorted(span.segment for span in spans) == list(range(len(undisturbed.plan.segments)))
     assert all(span.nbytes == undisturbed.plan.segments[span.segment].nbytes for span in spans)
+    assert all(rank.profile is not None and rank.profile.compute > 0 for rank in ranks)
+    assert [rank.profile.publish > 0 for rank in ranks if rank.profile] == [True, False]
     assert all(rank.spans and rank.start <= rank.spans[0].start < rank.spans[-1].end <= rank.end for rank in ranks)

@@ -119,6 +119,7 @@ def test_a_recipe_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
         ({"nproc": 0}, "nproc"),
         ({"timeout": 0}, "timeout"),
         ({"timeout": float("nan")}, "timeout"),
+        ({"timeout": 1e10}, "timeout"),
     ],
 )
 def test_a_configuration_that_means_nothing_is_refused(fields: dict[str, Any], named: str) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from distmerge.checkpoint.header import ITEMSIZE, build_header, parse_header
 from distmerge.checkpoint.packed_form import PackedForm
-from distmerge.layout import BLOCK_NUMEL, Task, cut_segments, pack_shards, place
+from distmerge.grid import BLOCK_NUMEL
+from distmerge.layout import Task, cut_segments, pack_shards, place
 from tests.factories import plan_of, wanted
 
 DTYPES = st.sampled_from(["BF16", "F16", "F32"])

@@ -51,7 +51,7 @@ def honest(plan: Plan) -> tuple[list[SegmentRecord], list[ShardRecord]]:
         ShardRecord(
             file=number,
             nbytes=file.nbytes,
-            sha256="",
+            digest="",
             segment_crc32s=tuple(segments[segment].crc32 for segment in plan.segments_of(number)),
         )
         for number, file in enumerate(plan.files)

@@ -90,6 +90,22 @@ def test_the_sums_are_those_of_float64_for_every_pair_of_dtypes(
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e30])
+def test_not_more_is_in_float64_at_once_than_the_scratch_holds(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def noted(base: Tensor, delta: Tensor, out: Tensor) -> Sums:
+        lengths.append(len(base))
+        return survival_of(base, delta, out)
+
+    monkeypatch.setattr(survival, "survival_of", noted)
+    base, work, out = block(torch.bfloat16, size=size, delta=size / 30)
+    step = len(base) // 3
+    measure(base, work, out, scratch(step))
+    assert sum(lengths) == len(base)
+    assert max(lengths) == step
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e30])
 def test_sums_that_float32_cannot_hold_are_those_of_float64(size: float) -> None:
     base, work, out = block(torch.bfloat16, size=size, delta=size / 30)
     expected = exact(base, work.double() - base.double(), out)

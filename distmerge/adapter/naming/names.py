@@ -36,9 +36,15 @@ class Names:
     how: str
     renaming: Renaming
     model: ModelNames | None = field(repr=False)
+    _places: dict[str, Found | None] = field(default_factory=dict, repr=False, compare=False)
 
     def place(self, path: str) -> Found | None:
         """Where the parameter `path` lies; None if the base has none of that name."""
+        if path not in self._places:
+            self._places[path] = self._find(path)
+        return self._places[path]
+
+    def _find(self, path: str) -> Found | None:
         disk = self._renamed(path)
         if stored := self.base.tensors.get(disk):
             whole = Slot.whole(disk, stored.shape)

@@ -33,6 +33,8 @@ class Slot:
 
     def overlap(self, other: Slot) -> tuple[tuple[int, int], ...] | None:
         """The box that two slots of one parameter share, as [first, last) for each of its dimensions; None if none."""
+        if self.starts == other.starts and self.sizes == other.sizes and 0 not in self.sizes:
+            return tuple((start, start + size) for start, size in zip(self.starts, self.sizes, strict=True))
         box = []
         for start, size, other_start, other_size in zip(
             self.starts, self.sizes, other.starts, other.sizes, strict=True

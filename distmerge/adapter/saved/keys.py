@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -97,27 +97,31 @@ def parse(name: str, tails: Collection[str] = ()) -> Key:
 
 
 @lru_cache(maxsize=16)
-def _rests(tails: tuple[str, ...] | frozenset[str]) -> dict[str, tuple[tuple[str, ...], ...]]:
+def _rests(tails: tuple[str, ...] | frozenset[str]) -> dict[str, frozenset[tuple[str, ...]]]:
     """For every attribute of a tuner what may follow it."""
     known: dict[str, set[tuple[str, ...]]] = {head: {_split(rest) for rest in rests} for head, rests in _LORA.items()}
     for tail in tails:
         head, *rest = tail.split(".")
         known.setdefault(head, set()).add(tuple(rest))
-    return {head: tuple(sorted(rests)) for head, rests in known.items()}
+    return {head: frozenset(rests) for head, rests in known.items()}
 
 
-def _tuned(parts: list[str], head: int, rests: Mapping[str, Iterable[tuple[str, ...]]]) -> tuple[str, str] | None:
+def _tuned(parts: list[str], head: int, rests: Mapping[str, frozenset[tuple[str, ...]]]) -> tuple[str, str] | None:
     """Role and adapter's name, if parts[head] is an attribute of a tuner and a known tail follows it."""
-    rest = parts[head + 1 :]
-    known = rests.get(parts[head], ())
+    rest = tuple(parts[head + 1 :])
+    known = rests.get(parts[head], frozenset())
     for skip in (0, 1) if rest else (0,):
-        if any(_fits(rest[skip:], pattern) for pattern in known):
+        if _fits(rest[skip:], known):
             return ".".join((parts[head], *rest[skip:])), rest[0] if skip else ""
     return None
 
 
-def _fits(rest: list[str], pattern: tuple[str, ...]) -> bool:
-    return len(rest) == len(pattern) and all(want in ("*", part) for part, want in zip(rest, pattern, strict=True))
+def _fits(rest: tuple[str, ...], known: frozenset[tuple[str, ...]]) -> bool:
+    """True if `rest` is one of `known`, in which `*` stands for one component."""
+    if rest in known:
+        return True
+    open_ended = (pattern for pattern in known if "*" in pattern and len(pattern) == len(rest))
+    return any(all(want in ("*", part) for part, want in zip(rest, pattern, strict=True)) for pattern in open_ended)
 
 
 def _tuner_key(module: list[str], role: str, adapter: str) -> Key:
