@@ -32,6 +32,13 @@ def test_the_page_on_formats_is_what_the_registries_say() -> None:
     assert not {*OPERATORS, *LOW_RANK} - cells, "every operator has a line"
 
 
+@pytest.mark.parametrize("name", ["performance.md", "log.md"])
+def test_the_figures_on_performance_are_those_of_the_raw_logs(name: str) -> None:
+    filled = runpy.run_path(str(ROOT / "docs" / "make_performance.py"))["filled"]
+    text = (ROOT / "docs" / name).read_text()
+    assert text == filled(text), "run `make docs`"
+
+
 def test_every_promise_names_a_test_that_exists() -> None:
     sources = "".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
     promises = (ROOT / "docs" / "guarantees.md").read_text().split("## Promised")[1].split("## Not promised")[0]
