@@ -77,8 +77,9 @@ PROGRAMS: dict[str, Callable[[Path, Path, Path], None]] = {
 
 
 def stamp(event: str) -> None:
-    """Prints the time of an event."""
-    print(json.dumps({"event": event, "time": time.time()}), flush=True)
+    """Prints the time of an event; line and newline in one write, since ranks share the pipe."""
+    sys.stdout.flush()
+    os.write(1, f"{json.dumps({'event': event, 'time': time.time()})}\n".encode())
 
 
 def main() -> None:
