@@ -75,7 +75,7 @@ def _torch(work: Callable[[], object], threads: int, repeats: int, flops: float)
 def _engine(a: torch.Tensor, b: torch.Tensor, threads: int, repeats: int) -> Sample:
     """Every block of the product, `repeats` times, spread over threads with a buffer each."""
     torch.set_num_threads(1)
-    factors = Factors(a=a[None], b=b[None], scaling=2.0)
+    factors = Factors(a=a[None], b=b[None], scaling=2.0).laid_out()
     (rows, r), cols = b.shape, a.shape[1]
     step = max(1, BLOCK_NUMEL // cols)
     starts = [start for _ in range(repeats) for start in range(0, rows, step)]

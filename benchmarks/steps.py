@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.harness import Bench, Sample, arguments, bench
 from distmerge.layout import BLOCK_NUMEL, MEASURED_NUMEL
+from distmerge.numerics.compiled import arithmetic, merge_block
 from distmerge.numerics.lora import Factors, add_delta
 from distmerge.numerics.nf4 import NF4, pair_table, scale, unpack
 from distmerge.numerics.survival import measure
@@ -111,6 +112,11 @@ def _steps(blocks: Blocks) -> dict[str, Callable[[], Sample]]:
     steps |= {
         "round to bfloat16": lambda: blocks.each(lambda _: blocks.out.copy_(blocks.work)),
         "measure what is left": lambda: blocks.each(partial(_survival, blocks)),
+    }
+    if arithmetic("cpu") == "compiled":
+        for r in (16, 64, 256):
+            steps[f"merge at once, r {r}"] = partial(_at_once, blocks, r)
+    steps |= {
         "write": partial(_write, blocks, 1 << 18),
         "sync": partial(_write, blocks, 1 << 18, sync=True),
         "crc32": lambda: blocks.each(lambda _: zlib.crc32(blocks.bytes)),
@@ -168,6 +174,14 @@ def _survival(blocks: Blocks, _: int) -> None:
 def _product(blocks: Blocks, r: int) -> Sample:
     factors, rows = _factors(r), blocks.work.view(_BLOCK_ROWS, COLS)
     return blocks.each(lambda _: add_delta(rows, factors, 0, rows=slice(0, _BLOCK_ROWS), cols=slice(0, COLS)))
+
+
+def _at_once(blocks: Blocks, r: int) -> Sample:
+    factors = _factors(r).laid_out()
+    base, out = blocks.base.view(_BLOCK_ROWS, COLS), blocks.out.view(_BLOCK_ROWS, COLS)
+    product = factors.product(0, rows=slice(0, _BLOCK_ROWS), cols=slice(0, COLS))
+    assert product is not None
+    return blocks.each(lambda _: merge_block(base, product, out))
 
 
 def _lanes(blocks: Blocks, lanes: int, *, threads: int = 1) -> Sample:

@@ -13,10 +13,11 @@ from distmerge.clock import during
 from distmerge.errors import VerifyError
 from distmerge.lanes import Lane
 from distmerge.layout import Task
-from distmerge.numerics.apply import Applied, Loaded, apply_changes, as_rows
+from distmerge.numerics.apply import Applied, Loaded, apply_changes, as_rows, only_product
 from distmerge.numerics.combine import Combination, combine_changes
+from distmerge.numerics.compiled import merge_block
 from distmerge.numerics.dtypes import torch_dtype
-from distmerge.numerics.survival import Sums, measure
+from distmerge.numerics.survival import Sums, exact_sums, measure
 from distmerge.packer import Scales, pack
 from distmerge.reader import Reader
 
@@ -57,11 +58,14 @@ def write_values(lane: Lane, reader: Reader, block: Block) -> tuple[memoryview, 
     if block.scales is not None and block.block == 0:
         return memoryview(block.scales.head), NOTHING
     with lane.work_order():
-        base, out, effect = merged(lane, reader, block)
+        base, out = _read(lane, reader, block)
         if task.form is None or block.scales is None:
-            if block.changes:
-                effect = replace(effect, sums=_measured(lane, block, base, out))
+            effect = _merge_at_once(lane, block, base, out)
+            if effect is None:
+                effect = _merge(lane, block, base, out)
+                effect = replace(effect, sums=_measured(lane, block, base, out) if block.changes else None)
         else:
+            effect = _merge(lane, block, base, out)
             codes, dense, error = pack(out, block.scales, task, task.form, block.block)
             if block.changes:
                 sums = _measured(lane, block, base, dense)
@@ -71,18 +75,45 @@ def write_values(lane: Lane, reader: Reader, block: Block) -> tuple[memoryview, 
         return lane.download(nbytes), effect
 
 
-def merged(lane: Lane, reader: Reader, block: Block) -> tuple[Tensor, Tensor, Effect]:
-    """The base's values of `block`, the merged ones, rounded once to the dtype of its task, and what each change did;
-    the lane's float32 buffer holds the merged values before they were rounded.
+def merged(lane: Lane, reader: Reader, block: Block) -> Tensor:
+    """The merged values of `block`, rounded once to the dtype of its task, in the buffers of `lane`.
 
     Raises VerifyError where values are not finite that must be.
     """
-    task, numel = block.task, block.last - block.first
+    base, out = _read(lane, reader, block)
+    _merge(lane, block, base, out)
+    return out
+
+
+def _read(lane: Lane, reader: Reader, block: Block) -> tuple[Tensor, Tensor]:
+    """The base's values of `block`, and room for the merged ones."""
+    task = block.task
     base = reader.read_dense(lane.buffers, task.source, block.first, block.last, origin=task.origin)
-    out = lane.out[: numel * ITEMSIZE[task.dtype]].view(torch_dtype(task.dtype))
+    return base, lane.out[: len(base) * ITEMSIZE[task.dtype]].view(torch_dtype(task.dtype))
+
+
+def _merge_at_once(lane: Lane, block: Block, base: Tensor, out: Tensor) -> Effect | None:
+    """Adds, rounds and measures in one pass over a block that one product is added to; None if it is no such block, or
+    there is no compiled code for it."""
+    if not block.changes or isinstance(block.changes, Combination):
+        return None
+    rows, top, left = as_rows(base, block.first, block.task.row_numel)
+    only = only_product(block.changes, (len(rows), rows.shape[1]), top=top, left=left)
+    if only is None or (found := merge_block(rows, only[0], out.view_as(rows))) is None:
+        return None
+    if (sums := exact_sums(found, len(out))) is None:
+        merge_block(rows, only[0], out.view_as(rows), work=lane.buffers.work[: len(out)].view_as(rows))
+        return Effect(applied=only[1], sums=_measured(lane, block, base, out))
+    return Effect(applied=only[1], sums=_checked(lane, block, base, sums))
+
+
+def _merge(lane: Lane, block: Block, base: Tensor, out: Tensor) -> Effect:
+    """Writes the merged values of `block` to `out`; what each change did. The lane's float32 buffer holds them before
+    they were rounded."""
+    task = block.task
     if not block.changes:
-        return base, out, _convert(block, base, out)
-    work = lane.buffers.work[:numel]
+        return _convert(block, base, out)
+    work = lane.buffers.work[: len(base)]
     work.copy_(base)
     rows, top, left = as_rows(work, block.first, task.row_numel)
     try:
@@ -98,7 +129,7 @@ def merged(lane: Lane, reader: Reader, block: Block) -> tuple[Tensor, Tensor, Ef
     out.copy_(work)
     if task.form is not None and not torch.isfinite(out).all():
         raise _not_finite(task) if torch.isfinite(base).all() else _base_not_finite(task)
-    return base, out, Effect(applied=applied)
+    return Effect(applied=applied)
 
 
 def _convert(block: Block, base: Tensor, out: Tensor) -> Effect:
@@ -116,7 +147,12 @@ def _convert(block: Block, base: Tensor, out: Tensor) -> Effect:
 def _measured(lane: Lane, block: Block, base: Tensor, out: Tensor) -> Sums:
     """What is left of the changes in `out`; the lane's float32 buffer is overwritten."""
     with during("measure"):
-        sums = measure(base, lane.buffers.work[: block.last - block.first], out, lane.scratch)
+        sums = measure(base, lane.buffers.work[: len(base)], out, lane.scratch)
+    return _checked(lane, block, base, sums)
+
+
+def _checked(lane: Lane, block: Block, base: Tensor, sums: Sums) -> Sums:
+    """The `sums`, which are finite, of a block that was just read."""
     if not sums.is_finite:
         if not torch.isfinite(base).all():
             raise _base_not_finite(block.task)

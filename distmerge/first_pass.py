@@ -104,7 +104,7 @@ class FirstPass:
             first, last = task.block(block)
             one = Block(piece=0, task=task, block=block, first=first, last=last, changes=changes)
             with lane.work_order():
-                return measure(merged(lane, self._reader, one)[1], form, block)
+                return measure(merged(lane, self._reader, one), form, block)
 
         found = self._lanes.each(iter(task.dense_blocks), measured, tick)
         with memory_errors():

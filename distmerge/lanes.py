@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -47,15 +47,44 @@ class Lane:
         return self.view[:nbytes]
 
 
+class Batch(Generic[R]):
+    """Blocks that lanes are at work on."""
+
+    def __init__(self, feed: _Feed[Any], results: list[R], lanes: list[Future[None]]) -> None:
+        self._feed, self._results, self._lanes = feed, results, lanes
+
+    def handed_out(self, tick: Callable[[], None]) -> None:
+        """Returns when lanes have taken the last block, or one of them has failed; the next batch may begin then.
+
+        `tick` is called a few times a second, and may raise.
+        """
+        while not self._feed.ended.wait(_POLL_SECONDS):
+            tick()
+
+    def finish(self, tick: Callable[[], None]) -> list[R]:
+        """What was done, in any order. After an error no further block is begun. `tick` as above."""
+        pending = set(self._lanes)
+        try:
+            while pending:
+                _, pending = wait(pending, timeout=_POLL_SECONDS)
+                tick()
+        finally:
+            self._feed.stop()
+            wait(self._lanes)
+        for lane in self._lanes:
+            lane.result()
+        return self._results
+
+
 class Lanes:
     """`num_lanes` lanes for the blocks of `plan`, on `device`."""
 
     def __init__(self, plan: Plan, reader: Reader, device: torch.device, num_lanes: int) -> None:
         with memory_errors():
             self._lanes = [Lane(plan, device, reader.buffers()) for _ in range(num_lanes)]
-        # The current accelerator belongs to a thread; left alone, lanes would make contexts on the first one.
-        choose = partial(torch.accelerator.set_device_index, device) if device.type != "cpu" else None
-        self._pool = ThreadPoolExecutor(num_lanes, "lane", choose)
+        self._device, self._own, self._free = device, threading.local(), deque(self._lanes)
+        self._feeds: deque[_Feed[Any]] = deque(maxlen=2)  # at most two batches are worked on
+        self._pool = ThreadPoolExecutor(num_lanes, "lane", self._enter)
 
     @property
     def clocks(self) -> list[Clock]:
@@ -63,18 +92,23 @@ class Lanes:
         return [lane.clock for lane in self._lanes]
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; blocks that no lane has begun are left."""
+        for feed in self._feeds:
+            feed.stop()
         self._pool.shutdown(wait=True)
 
     def each(self, blocks: Iterator[B], work: Callable[[Lane, B], R], tick: Callable[[], None]) -> list[R]:
-        """`work` on every block, spread over the lanes; what was done, in any order.
+        """`work` on every block, spread over the lanes; what was done, in any order. `tick` as in `Batch`."""
+        return self.begin(blocks, work).finish(tick)
 
-        `tick` is called a few times a second, and may raise. After an error no further block is begun.
-        """
+    def begin(self, blocks: Iterator[B], work: Callable[[Lane, B], R]) -> Batch[R]:
+        """Sets the lanes to `work` on every block, after those of the batch before."""
         feed = _Feed(blocks)
         results: list[R] = []
+        self._feeds.append(feed)
 
-        def run(lane: Lane) -> None:
+        def run() -> None:
+            lane = self._own.lane
             try:
                 with memory_errors(), lane.clock:
                     for block in feed:
@@ -84,18 +118,14 @@ class Lanes:
                 feed.stop()
                 raise
 
-        pending = {self._pool.submit(run, lane) for lane in self._lanes}
-        futures = list(pending)
-        try:
-            while pending:
-                _, pending = wait(pending, timeout=_POLL_SECONDS)
-                tick()
-        finally:
-            feed.stop()
-            wait(futures)
-        for future in futures:
-            future.result()
-        return results
+        return Batch(feed, results, [self._pool.submit(run) for _ in self._lanes])
+
+    def _enter(self) -> None:
+        """Gives a thread its lane. The current accelerator belongs to a thread, too; left alone, lanes would make
+        contexts on the first one."""
+        if self._device.type != "cpu":
+            torch.accelerator.set_device_index(self._device)
+        self._own.lane = self._free.popleft()
 
 
 class _Feed(Generic[B]):
@@ -104,20 +134,24 @@ class _Feed(Generic[B]):
     def __init__(self, blocks: Iterator[B]) -> None:
         self._blocks = blocks
         self._lock = threading.Lock()
-        self._stopped = False
+        self.ended = threading.Event()
 
     def __iter__(self) -> _Feed[B]:
         return self
 
     def __next__(self) -> B:
         with self._lock:
-            if self._stopped:
+            if self.ended.is_set():
                 raise StopIteration
-            with during("load"):
-                return next(self._blocks)
+            try:
+                with during("load"):
+                    return next(self._blocks)
+            except StopIteration:
+                self.ended.set()
+                raise
 
     def stop(self) -> None:
-        self._stopped = True
+        self.ended.set()
 
 
 @contextmanager

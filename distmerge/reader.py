@@ -129,6 +129,8 @@ class Reader:
         origin, wide = change.adapter + 1, torch.float64 if exact else dtype
         tensors = {role: self.load_view(view, origin, wide) for role, view in change.tensors.items()}
         factors = _factors(change, tensors, dtype)
+        if factors is not None and dtype == torch.float32:
+            factors = factors.laid_out()
         region = change.region
         operator = OPERATORS[change.operator] if factors is None else None
         if operator is not None:

@@ -23,7 +23,7 @@ from distmerge.plan import Plan, count_lanes
 from distmerge.runlog import RankLog, Span
 from distmerge.storage.checksums import require
 from distmerge.storage.records import decode_rows, encode_rows
-from distmerge.stream import SegmentRecord, Stream
+from distmerge.stream import Running, SegmentRecord, Stream
 from distmerge.work import ShardRecord, WorkFolder
 from distmerge.world import World
 
@@ -83,6 +83,7 @@ class Share:
             num_lanes=count_lanes(plan, config.memory_budget, wanted=wanted),
         )
         self._followers = Followers(plan, work, world, self._earlier.shards, num_lanes=wanted)
+        self._running: tuple[Running, float] | None = None
         self._segments: list[SegmentRecord] = []
         self._device, self._started = device, time.time()
         self._since = since
@@ -101,21 +102,42 @@ class Share:
         self._precision.__exit__(None, None, None)
 
     def do(self, number: int) -> None:
-        """Writes segment `number`, unless an earlier run wrote it and its bytes are still what they were."""
+        """Writes segment `number`, unless an earlier run wrote it and its bytes are still what they were. On return
+        the lanes may be at the last blocks of it, so that they need not wait for the next one to be claimed."""
+        if self._running is not None and not self._stream.follows(number, self._running[0]):
+            self._finish()
         self._doing = self._plan.files[self._plan.segments[number].file].name
         self._followers.begin(number)
         record, started = self._earlier.segments.get(number), time.time()
-        kept = record is not None and self._is_there(record)
-        if record is None or not kept:
-            record = self._stream.run(number, self.tick)
+        if record is not None:
+            self._finish()
+            if self._is_there(record):
+                self._end(record, started, kept=True)
+                return
+        running = self._stream.begin(number, self.tick)
+        self._finish()
+        self._running = running, started
+        running.batch.handed_out(self.tick)
+
+    def _finish(self) -> None:
+        """Ends the segment that lanes are at work on, if there is one."""
+        if self._running is not None:
+            (running, started), self._running = self._running, None
+            record = self._stream.finish(running, self.tick)
             self._work.note(self._plan, segment=record)
+            self._end(record, started, kept=False)
+
+    def _end(self, record: SegmentRecord, started: float, *, kept: bool) -> None:
         self._segments.append(record)
-        nbytes = self._plan.segments[number].nbytes
-        self._spans.append(Span(segment=number, start=started, end=max(started, time.time()), nbytes=nbytes, kept=kept))
-        self._followers.end(number, kept=kept)
+        nbytes = self._plan.segments[record.segment].nbytes
+        start = max(started, self._spans[-1].end) if self._spans else started
+        span = Span(segment=record.segment, start=start, end=max(start, time.time()), nbytes=nbytes, kept=kept)
+        self._spans.append(span)
+        self._followers.end(record.segment, kept=kept)
 
     def records(self) -> Records:
         """The records of everything that `do` did, once the files that this rank ended are durable."""
+        self._finish()
         self._doing = "making files durable"
         while not self._followers.wait(_WAIT_SECONDS):
             self.tick()

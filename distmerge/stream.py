@@ -19,14 +19,14 @@ import torch
 
 from distmerge.blocks import NOTHING, Block, Effect, write_values
 from distmerge.checkpoint.header import ITEMSIZE
+from distmerge.checkpoint.packing import Simulated
 from distmerge.clock import Clock, during
 from distmerge.first_pass import FirstPass
-from distmerge.lanes import Lane, Lanes
+from distmerge.lanes import Batch, Lane, Lanes
 from distmerge.layout import LARGEST_SPECTRUM, Piece, Segment, Task
 from distmerge.numerics.apply import Loaded
 from distmerge.numerics.combine import Combination
-from distmerge.numerics.lora import delta_norm
-from distmerge.numerics.spectrum import singular_values
+from distmerge.numerics.spectrum import Whole, whole_of
 from distmerge.numerics.survival import Sums, total
 from distmerge.packer import Scales
 from distmerge.page_cache import outgrows_cache
@@ -70,15 +70,6 @@ class SegmentRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Whole:
-    """What the changes of a task are as far as factors tell it: the norm of each, and the singular values of all of
-    them together."""
-
-    norms: tuple[float, ...] = ()
-    singular: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Done:
     """A block that is through: the CRC-32 of its bytes, if there is to be one, and what was done to it. It does not
     hold the block itself, whose factors must be free to go."""
@@ -89,6 +80,17 @@ class _Done:
     nbytes: int
     crc32: int
     effect: Effect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A segment that lanes are at work on: what of it is `done` already, its last `batch`, and by the number of a piece
+    what its changes are as a whole."""
+
+    segment: int
+    done: list[_Done]
+    batch: Batch[_Done]
+    wholes: dict[int, Whole]
 
 
 class Stream:
@@ -134,23 +136,40 @@ class Stream:
 
         Raises MachineError for I/O errors and VerifyError for values that are not finite, naming the tensor.
         """
+        return self.finish(self.begin(number, tick), tick)
+
+    def begin(self, number: int, tick: Callable[[], None]) -> Running:
+        """Sets the lanes to write segment `number`; once they have its last block, the next one that `follows` may be
+        begun. Raises as `run` does."""
         segment = self._plan.segments[number]
         self._close_others(segment.file)
-        wholes: dict[int, _Whole] = {}
-        found: list[_Done] = []
-        for pieces in _batches(self._plan, segment):
-            scales = [self._first_pass.prepare(segment.pieces[i].task, tick) for i in pieces]
-            blocks = self._blocks(segment, pieces, wholes, scales[0])
-            found += self._lanes.each(blocks, self._merge_block, tick)
-        done = sorted(found, key=_place)
+        wholes: dict[int, Whole] = {}
+        done: list[_Done] = []
+        *first, last = _batches(self._plan, segment)
+        for pieces in first:
+            done += self._write(segment, pieces, wholes, tick).finish(tick)
+        return Running(segment=number, done=done, batch=self._write(segment, last, wholes, tick), wholes=wholes)
+
+    def follows(self, number: int, running: Running) -> bool:
+        """True if segment `number` may begin before `running` is finished: it is of the same file, and what must be
+        known of a whole tensor is not kept for two of them."""
+        one, other = (self._plan.segments[each] for each in (number, running.segment))
+        tasks = [self._plan.tasks[piece.task] for segment in (one, other) for piece in segment.pieces]
+        plain = all(task.form is None and not isinstance(task.source.packing, Simulated) for task in tasks)
+        return one.file == other.file and plain and not self._plan.combine.prunes
+
+    def finish(self, running: Running, tick: Callable[[], None]) -> SegmentRecord:
+        """The record of what was begun, once it is written. Raises as `run` does."""
+        segment = self._plan.segments[running.segment]
+        done = sorted([*running.done, *running.batch.finish(tick)], key=_place)
         if self._forgets:
             self._forget(segment)
         by_piece = {i: list(blocks) for i, blocks in groupby(done, key=lambda block: block.piece)}
         return SegmentRecord(
-            segment=number,
+            segment=running.segment,
             crc32=_joined(done) if self._plan.file_digest != "none" else None,
             pieces=tuple(
-                _piece_record(self._plan.tasks[piece.task], piece, wholes.get(i, _Whole()), by_piece.get(i, []))
+                _piece_record(self._plan.tasks[piece.task], piece, running.wholes.get(i, Whole()), by_piece.get(i, []))
                 for i, piece in enumerate(segment.pieces)
             ),
         )
@@ -163,8 +182,14 @@ class Stream:
         done = sorted(self._lanes.each(blocks, self._check_block, tick), key=_place)
         return _joined(done) == record.crc32
 
+    def _write(
+        self, segment: Segment, pieces: range, wholes: dict[int, Whole], tick: Callable[[], None]
+    ) -> Batch[_Done]:
+        scales = [self._first_pass.prepare(segment.pieces[i].task, tick) for i in pieces]
+        return self._lanes.begin(self._blocks(segment, pieces, wholes, next(iter(scales), None)), self._merge_block)
+
     def _blocks(
-        self, segment: Segment, pieces: range, wholes: dict[int, _Whole] | None, scales: Scales | None
+        self, segment: Segment, pieces: range, wholes: dict[int, Whole] | None, scales: Scales | None
     ) -> Iterator[Block]:
         """The blocks of `pieces` of `segment` in order; where `wholes` is given, with the changes, which it looks at
         once, for the piece that holds block 0."""
@@ -252,7 +277,7 @@ def _batches(plan: Plan, segment: Segment) -> Iterator[range]:
                 yield range(begin, number)
             yield range(number, number + 1)
             begin = number + 1
-    if begin < len(segment.pieces):
+    if begin < len(segment.pieces) or not segment.pieces:
         yield range(begin, len(segment.pieces))
 
 
@@ -260,16 +285,13 @@ def _place(done: _Done) -> tuple[int, int]:
     return done.piece, done.block
 
 
-def _whole(changes: tuple[Loaded, ...] | Combination) -> _Whole:
+def _whole(changes: tuple[Loaded, ...] | Combination) -> Whole:
     if isinstance(changes, Combination):
-        return _Whole(norms=changes.delta_norms)
-    return _Whole(
-        norms=tuple(delta_norm(change.factors) if change.factors else 0.0 for change in changes),
-        singular=singular_values(changes, max_r=LARGEST_SPECTRUM),
-    )
+        return Whole(norms=changes.delta_norms)
+    return whole_of(changes, max_r=LARGEST_SPECTRUM)
 
 
-def _piece_record(task: Task, piece: Piece, whole: _Whole, mine: list[_Done]) -> PieceRecord:
+def _piece_record(task: Task, piece: Piece, whole: Whole, mine: list[_Done]) -> PieceRecord:
     applied = [block.effect.applied for block in mine if block.effect.applied]
     sums = [block.effect.sums for block in mine if block.effect.sums is not None]
     return PieceRecord(

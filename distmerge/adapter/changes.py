@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distmerge.adapter.views import View
+from distmerge.numerics.compiled import PANEL
 
 # Operators whose change is scaling * b @ a, with views that can be cut to any part of the matrix.
 LORA = "lora"
@@ -93,9 +94,18 @@ class Change:
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes that its tensors take while blocks are worked on."""
+        """Bytes that its tensors take while blocks are worked on, the panels of a factor among them."""
         numel = sum(view.numel for view in self.tensors.values())
-        return self.computed.held_nbytes + (8 if self.whole else 4) * numel
+        return self.computed.held_nbytes + self._panels_nbytes + (8 if self.whole else 4) * numel
+
+    @property
+    def _panels_nbytes(self) -> int:
+        if self.operator != LORA:
+            return 0
+        n, r, cols = self.tensors["a"].size
+        if self.transposed:
+            n, cols, r = self.tensors["b"].size
+        return 4 * n * r * -(-cols // PANEL) * PANEL
 
     @property
     def loading_nbytes(self) -> int:

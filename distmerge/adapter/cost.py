@@ -37,7 +37,7 @@ def _measured(operator: str, inputs: tuple[tuple[str, tuple[int, ...], bool], ..
             b, a = LOW_RANK[operator](tensors, json.loads(options))
             made = b.numel() + a.numel()
             nbytes = _FACTOR_NBYTES * made + 8 * given + 24 * b.shape[1] ** 2
-            return Computed(nbytes=nbytes, held_nbytes=4 * made)
+            return Computed(nbytes=nbytes, held_nbytes=8 * made)  # and panels of one of them
         prepared = OPERATORS[operator].prepare(tensors, json.loads(options))
         made = sum(t.numel() for t in prepared.values() if all(t is not own for own in tensors.values()))
     except (RuntimeError, NotImplementedError):  # what looks at values cannot be computed without them

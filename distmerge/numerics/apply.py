@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distmerge.numerics.compiled import Product
 from distmerge.numerics.lora import Factors, add_delta
 
 Operator = Callable[[Tensor, Tensor, Mapping[str, Tensor], Mapping[str, Any], slice], Tensor]
@@ -69,6 +70,27 @@ def apply_changes(work: Tensor, changes: tuple[Loaded, ...], *, top: int, left: 
     """
     base = work.clone() if len(changes) > 1 and any(change.operator for change in changes) else work
     return tuple(_apply(work, base, change, top=top, left=left) for change in changes)
+
+
+def only_product(
+    changes: Sequence[Loaded], shape: tuple[int, int], *, top: int, left: int
+) -> tuple[Product, tuple[Applied, ...]] | None:
+    """The one product that is all that `changes` add to a block of `shape` (rows, cols), whole, and what each of them
+    did; None if there is no such product, or compiled code does not take it."""
+    parts = [(change, *part) for change in changes for part in _parts(change, top, top + shape[0])]
+    if len(parts) != 1:
+        return None
+    change, matrix, rows = parts[0]
+    cols = slice(left - change.cols[0], left + shape[1] - change.cols[0])
+    whole = rows.stop - rows.start == shape[0] and cols.start >= 0 and left + shape[1] <= change.cols[1]
+    if change.factors is None or not whole:
+        return None
+    inner = slice(rows.start - change.rows[0], rows.stop - change.rows[0])
+    product = change.factors.product(matrix - change.matrices[0], rows=inner, cols=cols)
+    if product is None:
+        return None
+    numel = shape[0] * shape[1]
+    return product, tuple(Applied(numel=numel * (each is change), squared=0.0) for each in changes)
 
 
 def _apply(work: Tensor, base: Tensor, change: Loaded, *, top: int, left: int) -> Applied:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmerge.numerics.compiled import sums_of_block
+from distmerge.numerics.compiled import measure_block
 
 # Smaller sums of squares of float32 values have lost digits, or all of them.
 _SMALLEST = 1e-30
@@ -89,13 +89,21 @@ def measure(base: Tensor, work: Tensor, out: Tensor, scratch: tuple[Tensor, Tens
     `work` may be overwritten. The two float32 tensors of `scratch`, equally long and of at most 2^24 elements, bound
     what is looked at at once. The sums are float32 arithmetic's, but where it cannot hold them.
     """
-    if (found := sums_of_block(base, work, out)) is not None and _is_exact(sums := _compiled(found, len(work))):
+    found = measure_block(base, work, out)
+    if found is not None and (sums := exact_sums(found, len(work))) is not None:
         return sums
     step = len(scratch[0])
     parts = [
         _measure(base[i : i + step], work[i : i + step], out[i : i + step], scratch) for i in range(0, len(work), step)
     ]
     return total(parts)
+
+
+def exact_sums(found: list[float], numel: int) -> Sums | None:
+    """The sums that compiled code has `found` of `numel` elements; None if float32 arithmetic could not hold them."""
+    *norms, along, unchanged, largest = found
+    sums = _sums(numel, norms, along, int(unchanged), largest)
+    return sums if _is_exact(sums) else None
 
 
 def total(parts: Sequence[Sums]) -> Sums:
@@ -179,11 +187,6 @@ def _measure(base: Tensor, work: Tensor, out: Tensor, scratch: tuple[Tensor, Ten
     *norms, along, least, most, num_changed = torch.stack([*squares, product, low, high, count]).tolist()
     sums = _sums(len(work), norms, along, len(work) - int(num_changed), max(-least, most))
     return sums if _is_exact(sums) else survival_of(base.cpu(), delta.cpu(), out.cpu())
-
-
-def _compiled(found: list[float], numel: int) -> Sums:
-    *norms, along, unchanged, largest = found
-    return _sums(numel, norms, along, int(unchanged), largest)
 
 
 def _sums(numel: int, norms: list[float], product: float, unchanged: int, largest: float) -> Sums:

@@ -13,7 +13,7 @@ from torch import Tensor
 from distmerge.numerics import compiled, survival
 from distmerge.numerics.apply import Loaded, apply_changes
 from distmerge.numerics.lora import Factors
-from distmerge.numerics.spectrum import singular_values
+from distmerge.numerics.spectrum import whole_of
 from distmerge.numerics.survival import Sums, measure, squared, summarize, survival_of, total
 
 
@@ -21,7 +21,7 @@ from distmerge.numerics.survival import Sums, measure, squared, summarize, survi
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every law holds with the compiled sums and without them."""
     if request.param == "torch":
-        monkeypatch.setattr(survival, "sums_of_block", lambda *blocks: None)
+        monkeypatch.setattr(survival, "measure_block", lambda *blocks: None)
     elif compiled.arithmetic("cpu") == "torch":
         pytest.skip("installed without a C compiler")
 
@@ -227,8 +227,8 @@ def dense(changes: tuple[Loaded, ...], shape: tuple[int, int], *, count: int = 1
 def test_singular_values_are_those_of_the_dense_delta(shape: tuple[int, int], r: int) -> None:
     changes = (change(shape, r, seed=0, scaling=-0.7),)
     expected = torch.linalg.svdvals(dense(changes, shape)[0])[: min(16, r)]
-    assert len(singular_values(changes, max_r=64)) == min(16, r)
-    assert singular_values(changes, max_r=64)[: len(expected)] == pytest.approx(expected.tolist(), rel=1e-8)
+    assert len(whole_of(changes, max_r=64).singular) == min(16, r)
+    assert whole_of(changes, max_r=64).singular[: len(expected)] == pytest.approx(expected.tolist(), rel=1e-8)
 
 
 def test_singular_values_of_several_changes_are_those_of_their_sum_wherever_they_lie() -> None:
@@ -240,7 +240,7 @@ def test_singular_values_of_several_changes_are_those_of_their_sum_wherever_they
         change(shape, 1, seed=3, rows=(0, 8), cols=(60, 70)),
     )
     expected = torch.linalg.svdvals(dense(changes, shape)[0])[:10]
-    assert singular_values(changes, max_r=10) == pytest.approx(expected.tolist(), rel=1e-8)
+    assert whole_of(changes, max_r=10).singular == pytest.approx(expected.tolist(), rel=1e-8)
 
 
 def test_singular_values_of_a_stack_are_the_root_mean_square_over_its_changed_matrices() -> None:
@@ -248,14 +248,14 @@ def test_singular_values_of_a_stack_are_the_root_mean_square_over_its_changed_ma
     changes = (change(shape, 3, seed=0, matrices=(1, 5)), change(shape, 2, seed=1, matrices=(2, 3)))
     stack = torch.linalg.svdvals(dense(changes, shape, count=6)[1:5])[:, :5]
     expected = stack.square().mean(0).sqrt().tolist()
-    assert singular_values(changes, max_r=5) == pytest.approx(expected, rel=1e-8)
+    assert whole_of(changes, max_r=5).singular == pytest.approx(expected, rel=1e-8)
 
 
 def test_values_that_gram_matrices_cannot_tell_from_zero_are_zero() -> None:
     one = change((40, 50), 3, seed=0)
     assert one.factors is not None
     one.factors.b[:, :, 2] = one.factors.b[:, :, 1]
-    found = singular_values((one,), max_r=3)
+    found = whole_of((one,), max_r=3).singular
     assert found[2] == 0.0
     assert found[1] > 0
 
@@ -263,7 +263,7 @@ def test_values_that_gram_matrices_cannot_tell_from_zero_are_zero() -> None:
 def test_there_are_no_singular_values_beyond_the_largest_r_and_for_operators() -> None:
     product = change((10, 20), 3, seed=0)
     operator = Loaded(**{**{name: getattr(product, name) for name in product.__slots__}, "factors": None})
-    assert singular_values((product, product), max_r=5) == ()
-    assert len(singular_values((product, product), max_r=6)) == 6
-    assert singular_values((product, operator), max_r=64) == ()
-    assert singular_values((), max_r=64) == ()
+    assert whole_of((product, product), max_r=5).singular == ()
+    assert len(whole_of((product, product), max_r=6).singular) == 6
+    assert whole_of((product, operator), max_r=64).singular == ()
+    assert whole_of((), max_r=64).singular == ()
