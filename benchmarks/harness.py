@@ -25,18 +25,20 @@ from typing import Any
 from benchmarks.cache import make_cold, make_warm, sync_folder, warm_memory
 from benchmarks.machine import describe
 from benchmarks.process import Finished, watch
-from benchmarks.tables import Log, ratio_table
+from benchmarks.tables import Log, joined, ratio_table, read_log
 
 Sample = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """A benchmark that runs in `folder`, which is empty and goes away: its options, and the log of its samples."""
+    """A benchmark that runs in `folder`, which is empty and goes away: its options, and the log of its samples. With
+    `--only` an `earlier` log keeps its other sections."""
 
     folder: Path
     options: argparse.Namespace
     log: Log
+    earlier: Log
 
     @property
     def output(self) -> Path:
@@ -137,7 +139,7 @@ class Bench:
 
     def _write(self) -> None:
         if self.options.log is not None:
-            lines = [json.dumps(_rounded(line)) for line in self.log]
+            lines = [json.dumps(_rounded(line)) for line in joined(self.earlier, self.log)]
             self.options.log.parent.mkdir(parents=True, exist_ok=True)
             self.options.log.write_text("\n".join(lines) + "\n")
 
@@ -150,7 +152,7 @@ def arguments(description: str | None, *, nbytes: float = 3e9, rounds: int = 5) 
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before them that are thrown away")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder by default")
     parser.add_argument("--log", type=Path, default=None, help="file for the raw log, JSON lines")
-    parser.add_argument("--only", nargs="*", default=[], help="run these sections only")
+    parser.add_argument("--only", nargs="*", default=[], help="run these sections only; the log keeps its others")
     return parser
 
 
@@ -163,7 +165,10 @@ def bench(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Ite
         words = {key: value for key, value in vars(options).items() if key not in ("folder", "log")}
         say(f"machine: {machine}")
         run = Bench(
-            folder=Path(name).resolve(), options=options, log=[{"section": "machine", **machine, "options": words}]
+            folder=Path(name).resolve(),
+            options=options,
+            log=[{"section": "machine", **machine, "options": words}],
+            earlier=read_log(options.log) if options.only and options.log and options.log.exists() else [],
         )
         yield run
     if failed := [line["failed"] for line in run.log if "failed" in line]:

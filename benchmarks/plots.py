@@ -28,8 +28,10 @@ def main() -> None:
         path = RESULTS / f"{name}.jsonl"
         if path.exists():
             FIGURES.mkdir(exist_ok=True)
-            draw(read_log(path), FIGURES / f"performance-{name}.png")
-            print(FIGURES / f"performance-{name}.png")
+            figure = FIGURES / f"performance-{name}.png"
+            figure.unlink(missing_ok=True)
+            draw(read_log(path), figure)
+            print(figure if figure.exists() else f"{path.name} has nothing to draw")
 
 
 def _copies(log: Log, path: Path) -> None:
@@ -51,6 +53,8 @@ def _peers(log: Log, path: Path) -> None:
 def _sizes(log: Log, path: Path) -> None:
     """Seconds and memory over the size of the model, with the line through the seconds."""
     sizes = {name: nbytes / 1e9 for name, nbytes in sizes_of(log).items()}
+    if not sizes:
+        return
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     seconds = [median(log, "size", name, "whole") for name in sizes]
     line = size_line(log, "whole")
@@ -68,6 +72,8 @@ def _sizes(log: Log, path: Path) -> None:
 
 
 def _bars(path: Path, bars: dict[str, list[float]], label: str, *, mark: float | None = None) -> None:
+    if not bars:
+        return
     spreads = [spread_of(found) for found in bars.values()]
     figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.35 * len(bars)), layout="constrained")
     axes.barh(list(bars), [spread.median for spread in spreads], height=0.6)

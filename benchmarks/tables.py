@@ -13,8 +13,29 @@ Log = list[dict[str, Any]]
 
 
 def read_log(path: Path) -> Log:
-    """The lines of a raw log; the first describes the machine."""
+    """The lines of a raw log; the first describes the machine, as does each that begins what was measured later."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def joined(earlier: Log, log: Log) -> Log:
+    """A log that goes on from an earlier one, whose sections stay unless they were measured again; each section follows
+    the description of the machine that it was measured on."""
+    again = {line["section"] for line in log}
+    kept: Log = []
+    for line in earlier:
+        if line["section"] == "machine" or line["section"] not in again:
+            if line["section"] == "machine" and kept and kept[-1]["section"] == "machine":
+                kept.pop()
+            kept.append(line)
+    if kept and kept[-1]["section"] == "machine":
+        kept.pop()
+    return [*kept, *log]
+
+
+def machine_of(log: Log, section: str) -> dict[str, Any]:
+    """The machine, the options and the commit that a section was measured with."""
+    number = next(number for number, line in enumerate(log) if line["section"] == section and "contestant" in line)
+    return next(line for line in reversed(log[:number]) if line["section"] == "machine")
 
 
 def values(log: Log, section: str, contestant: str, measure: str) -> list[float]:
@@ -66,8 +87,9 @@ def size_line(log: Log, measure: str) -> Line:
 
 
 def sizes_of(log: Log) -> dict[str, float]:
-    """The bytes of the models of the benchmark of sizes, by contestant."""
-    return next(dict(line["sizes"]) for line in log if "sizes" in line)
+    """The bytes of the models of the benchmark of sizes, by contestant; those that were measured."""
+    sizes = next((line["sizes"] for line in log if "sizes" in line), {})
+    return {name: sizes[name] for name in contestants(log, "size")}
 
 
 def _head(measure: str) -> str:

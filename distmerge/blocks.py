@@ -25,7 +25,8 @@ from distmerge.reader import Reader
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """Elements [first, last), block number `block` of `task`, in piece number `piece` of a segment; the changes to its
-    tensor, one after another or combined, and the scales that it is packed with."""
+    tensor, one after another or combined, and the scales that it is packed with. A `shared` one is in its place
+    already."""
 
     piece: int
     task: Task
@@ -34,6 +35,7 @@ class Block:
     last: int
     changes: tuple[Loaded, ...] | Combination
     scales: Scales | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.errors import UsageError, printable, shown
+from distmerge.redaction import redacted
 
 DTYPES = {"auto": None, "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DEFAULT_SHARD_NBYTES = 5_000_000_000
@@ -103,6 +104,10 @@ class MergeConfig:
     digest: str = "sha256"
     """What is computed of each weight file: `sha256` or `xxh3` of what is read back, `crc32` of what was written, or
     `none`."""
+    hash_inputs: bool = False
+    """Record the SHA-256 of every file of base and adapters; one that the Hub has another of is refused."""
+    read_back: bool = False
+    """Read every weight file back from storage, not from the page cache, before it gets its name."""
     run_log: Path | None = None
     """File that gets a line of JSON for each rank: what it did and when."""
     profile: bool = False
@@ -120,8 +125,8 @@ class MergeConfig:
             raise UsageError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         if self.expert_b_order not in EXPERT_B_ORDERS:
             raise UsageError(f"expert-b-order {self.expert_b_order!r} is none of {', '.join(EXPERT_B_ORDERS)}")
-        if self.digest not in DIGESTS:
-            raise UsageError(f"digest {self.digest!r} is none of {', '.join(DIGESTS)}")
+        self._check_places()
+        self._check_digest()
         self._check_quantize()
         self._check_combine()
         self._check_quant()
@@ -134,6 +139,21 @@ class MergeConfig:
                 raise UsageError(f"{name} {nbytes} is not a size")
         if self.lora_alpha is not None and (not math.isfinite(self.lora_alpha) or self.lora_alpha == 0):
             raise UsageError(f"lora-alpha {self.lora_alpha} is not a finite number other than 0")
+
+    def _check_places(self) -> None:
+        places = [("base", self.base), ("output", self.output), *(("adapter", a.folder) for a in self.adapters)]
+        for name, place in [*places, *(("initial-adapter", a.initial) for a in self.adapters if a.initial)]:
+            if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(place)):  # what is left of `://` in a path
+                raise UsageError(
+                    f"{name} is a URL, {redacted(printable(str(place)))}, and not a folder",
+                    hint="download it first: hf download NAME --local-dir FOLDER",
+                )
+
+    def _check_digest(self) -> None:
+        if self.digest not in DIGESTS:
+            raise UsageError(f"digest {self.digest!r} is none of {', '.join(DIGESTS)}")
+        if self.read_back and self.digest == "none":
+            raise UsageError("read-back is given, but no digest to compare with", hint="--digest crc32")
 
     def _check_quantize(self) -> None:
         if self.quantize not in QUANTIZE:
@@ -228,7 +248,7 @@ class MergeConfig:
         argv += ["--expert-b-order", self.expert_b_order] + ["--allow-pickle"] * self.allow_pickle
         if self.run_log is not None:
             argv += ["--run-log", str(self.run_log)]
-        argv += ["--profile"] * self.profile
+        argv += ["--profile"] * self.profile + ["--hash-inputs"] * self.hash_inputs + ["--read-back"] * self.read_back
         argv += ["--allow-zero-delta"] * self.allow_zero_delta + ["--overwrite"] * self.overwrite
         return argv
 

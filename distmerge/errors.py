@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from distmerge.redaction import redacted
+
+FAILED_STORAGE = "disk, memory or network storage has failed; run the same command again"
+
 
 class DistmergeError(Exception):
-    """An expected failure: `where: what` with the value, and a hint that says what to do next."""
+    """An expected failure: `where: what` with the value, and a hint that says what to do next.
+
+    None of them shows a secret, or colours or moves a terminal, whatever part of an input stands in it.
+    """
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = where
-        self.hint = hint
+        self.what, self.where, self.hint = _shown(what), _escaped(redacted(where)), _shown(hint)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -57,9 +62,18 @@ class PeerFailed(DistmergeError):  # noqa: N818 - not this rank's error
         self.exit_code = exit_code
 
 
+def _shown(text: str) -> str:
+    text = redacted(text)
+    return text if text.isprintable() else "\n".join(map(_escaped, text.split("\n")))
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def printable(text: str, limit: int = 200) -> str:
     """`text` from an input, safe to show: control characters escaped, cut at `limit` characters."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = _escaped(text)
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 
 from distmerge.clock import Clock, during
-from distmerge.errors import Interrupted
+from distmerge.errors import FAILED_STORAGE, Interrupted, VerifyError
+from distmerge.journal import ShardRecord
 from distmerge.plan import FOLLOWER_NBYTES, MAX_FOLLOWERS, Plan
 from distmerge.storage.checksums import crc32, hasher
 from distmerge.storage.files import read_exact, start_writeback
-from distmerge.work import ShardRecord, WorkFolder
+from distmerge.verify import lost_bytes
+from distmerge.work import WorkFolder
 from distmerge.world import World
 
 _POLL_SECONDS = 0.02  # between questions for a segment that another rank writes
@@ -25,17 +28,26 @@ class Followers:
 
     A rank that goes on to its next file does not wait for the digest of the last one: SHA-256 takes about half as long
     as a lane takes to merge, so that one thread for two of `num_lanes` keeps up with them. More would only compete.
+    With `read_back` a file that is durable is read once more, from storage.
     """
 
     def __init__(
-        self, plan: Plan, work: WorkFolder, world: World, earlier: Mapping[int, ShardRecord], *, num_lanes: int
+        self,
+        plan: Plan,
+        work: WorkFolder,
+        world: World,
+        earlier: Mapping[int, ShardRecord],
+        *,
+        num_lanes: int,
+        read_back: bool = False,
     ) -> None:
-        self._plan, self._work, self._world, self._earlier = plan, work, world, earlier
+        self._plan, self._work, self._world, self._read_back = plan, work, world, read_back
+        self._earlier = {} if read_back else earlier  # that those files were read back nobody tells
         self._pool = ThreadPoolExecutor(min(max(num_lanes // 2, 2), MAX_FOLLOWERS), "follow")
         self.clocks: list[Clock] = []
         self._ends: list[Future[ShardRecord]] = []
         self._begun: set[int] = set()
-        self._ended: set[int] = set()
+        self._ended: dict[int, int | None] = {}
         self._changed = threading.Condition()
         self._leaving = threading.Event()
 
@@ -53,13 +65,14 @@ class Followers:
         if segment == self._plan.segments_of(file)[0]:
             self._ends.append(self._pool.submit(self._end, file))
 
-    def end(self, segment: int, *, kept: bool) -> None:
-        """Says that `segment` is on disk: written by this rank, or `kept` from an earlier run."""
+    def end(self, segment: int, *, kept: bool, crc32: int | None = None) -> None:
+        """Says that `segment` is on disk: written by this rank, or `kept` from an earlier run; its bytes have this
+        CRC-32, if it is known."""
         if not kept:
             self._world.count(f"written/{self._plan.segments[segment].file}")
         self._world.count(f"ended/{segment}")
         with self._changed:
-            self._ended.add(segment)
+            self._ended[segment] = crc32
             self._changed.notify_all()
 
     def check(self) -> None:
@@ -80,14 +93,16 @@ class Followers:
         earlier = self._earlier.get(file)
         if earlier is not None:
             self._wait_for_all(file)
-            if self._world.counted(f"written/{file}") == 0:
+            if self._world.counted(f"written/{file}") == 0 and self._work.is_final(self._plan, file):
                 return earlier
         with Clock() as clock:
             self.clocks.append(clock)
-            record = self._work.finish(self._plan, file, lambda fd: self._follow(file, fd))
+            again = partial(self._compare, file) if self._read_back else None
+            record = self._work.finish(self._plan, file, partial(self._follow, file), again)
         self._work.note(self._plan, shard=record)
         told = {self._plan.file_digest: record.digest} if record.digest else {}
-        self._work.event("shard_done", file=self._plan.files[file].name, nbytes=record.nbytes, **told)
+        name = self._plan.files[file].name
+        self._work.event("shard_done", file=name, nbytes=record.nbytes, read_back=self._read_back, **told)
         return record
 
     def _follow(self, file: int, fd: int) -> tuple[str, tuple[int, ...]]:
@@ -97,7 +112,24 @@ class Followers:
         if not self._plan.reads_back:
             deque(written, maxlen=0)
             return "", ()
-        digest, offset = hasher(self._plan.file_digest), 0
+        return self._read(file, fd, written, self._plan.file_digest)
+
+    def _compare(self, file: int, fd: int, digest: str) -> tuple[int, ...]:
+        """The CRC-32s of the segments of `file`, which is whole, as it is read now. Raises VerifyError if its digest is
+        no longer `digest`; where there is none, those who have the segments' CRC-32s will see."""
+        segments = (self._plan.segments[number].nbytes for number in self._plan.segments_of(file))
+        found, crcs = self._read(file, fd, segments, self._plan.file_digest if digest else "crc32")
+        if digest and found != digest:
+            raise VerifyError(
+                f"storage gives back other bytes than were written: {self._plan.file_digest} is {found}, was {digest}",
+                where=self._plan.files[file].name,
+                hint=FAILED_STORAGE,
+            )
+        return crcs
+
+    def _read(self, file: int, fd: int, segments: Iterable[int], kind: str) -> tuple[str, tuple[int, ...]]:
+        """The digest of `file` and the CRC-32s of its segments, whose lengths come one after the other."""
+        digest, offset = hasher(kind), 0
         buffer = memoryview(bytearray(FOLLOWER_NBYTES))
 
         def take(nbytes: int) -> int:
@@ -115,7 +147,10 @@ class Followers:
             return found
 
         take(self._plan.files[file].data_begin)
-        crcs = tuple(take(nbytes) for nbytes in written)
+        crcs = tuple(take(nbytes) for nbytes in segments)
+        mine = [self._ended.get(number) for number in self._plan.segments_of(file)]
+        if lost := sum(crc is not None and crc != found for crc, found in zip(mine, crcs, strict=True)):
+            raise lost_bytes(lost, self._plan.files[file].name)  # it does not get its name
         return digest.hexdigest(), crcs
 
     def _written(self, file: int, fd: int) -> Iterator[int]:

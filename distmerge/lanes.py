@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -47,11 +49,12 @@ class Lane:
         return self.view[:nbytes]
 
 
-class Batch(Generic[R]):
+class Batch(Generic[B, R]):
     """Blocks that lanes are at work on."""
 
-    def __init__(self, feed: _Feed[Any], results: list[R], lanes: list[Future[None]]) -> None:
-        self._feed, self._results, self._lanes = feed, results, lanes
+    def __init__(self, feed: _Feed[B], results: list[R], again: Callable[[], list[Future[None]]]) -> None:
+        self._feed, self._results, self._again = feed, results, again
+        self._lanes = again()
 
     def handed_out(self, tick: Callable[[], None]) -> None:
         """Returns when lanes have taken the last block, or one of them has failed; the next batch may begin then.
@@ -68,6 +71,9 @@ class Batch(Generic[R]):
             while pending:
                 _, pending = wait(pending, timeout=_POLL_SECONDS)
                 tick()
+                if not pending and self._feed.has_more():  # given up when no other lane was at work
+                    self._lanes += (again := self._again())
+                    pending = set(again)
         finally:
             self._feed.stop()
             wait(self._lanes)
@@ -77,19 +83,22 @@ class Batch(Generic[R]):
 
 
 class Lanes:
-    """`num_lanes` lanes for the blocks of `plan`, on `device`."""
+    """`num_lanes` lanes for the blocks of `plan`, on `device`. Where memory runs out a lane gives up its buffers, for
+    good, and its block, which another one does: fewer lanes, but the same blocks."""
 
     def __init__(self, plan: Plan, reader: Reader, device: torch.device, num_lanes: int) -> None:
         with memory_errors():
             self._lanes = [Lane(plan, device, reader.buffers()) for _ in range(num_lanes)]
-        self._device, self._own, self._free = device, threading.local(), deque(self._lanes)
+        self._leaving = threading.Lock()
+        self._free = SimpleQueue[Lane]()
+        for lane in self._lanes:
+            self._free.put(lane)
         self._feeds: deque[_Feed[Any]] = deque(maxlen=2)  # at most two batches are worked on
-        self._pool = ThreadPoolExecutor(num_lanes, "lane", self._enter)
-
-    @property
-    def clocks(self) -> list[Clock]:
-        """The clocks of all lanes."""
-        return [lane.clock for lane in self._lanes]
+        # The current accelerator belongs to a thread; left alone, lanes would make contexts on the first one.
+        choose = partial(torch.accelerator.set_device_index, device) if device.type != "cpu" else None
+        self._pool, self._num_threads = ThreadPoolExecutor(num_lanes, "lane", choose), num_lanes
+        self.clocks = [lane.clock for lane in self._lanes]
+        """The clocks of all lanes, also of those that have left."""
 
     def close(self) -> None:
         """Ends the threads; blocks that no lane has begun are left."""
@@ -101,39 +110,57 @@ class Lanes:
         """`work` on every block, spread over the lanes; what was done, in any order. `tick` as in `Batch`."""
         return self.begin(blocks, work).finish(tick)
 
-    def begin(self, blocks: Iterator[B], work: Callable[[Lane, B], R]) -> Batch[R]:
+    def begin(self, blocks: Iterator[B], work: Callable[[Lane, B], R]) -> Batch[B, R]:
         """Sets the lanes to `work` on every block, after those of the batch before."""
         feed = _Feed(blocks)
         results: list[R] = []
         self._feeds.append(feed)
 
         def run() -> None:
-            lane = self._own.lane
+            lane = self._free.get()  # of the batch before, when it is through with that
             try:
                 with memory_errors(), lane.clock:
-                    for block in feed:
-                        with during("compute"):
-                            results.append(work(lane, block))
+                    self._work(lane, feed, work, results)
             except BaseException:
                 feed.stop()
                 raise
+            finally:
+                if lane in self._lanes:
+                    self._free.put(lane)
 
-        return Batch(feed, results, [self._pool.submit(run) for _ in self._lanes])
+        return Batch(feed, results, lambda: [self._pool.submit(run) for _ in range(self._num_threads)])
 
-    def _enter(self) -> None:
-        """Gives a thread its lane. The current accelerator belongs to a thread, too; left alone, lanes would make
-        contexts on the first one."""
-        if self._device.type != "cpu":
-            torch.accelerator.set_device_index(self._device)
-        self._own.lane = self._free.popleft()
+    def _work(self, lane: Lane, feed: _Feed[B], work: Callable[[Lane, B], R], results: list[R]) -> None:
+        for block in feed:
+            num_lanes = len(self._lanes)
+            try:
+                with during("compute"):
+                    results.append(work(lane, block))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or not self._gives_up(lane, num_lanes):
+                    raise
+                feed.give_back(block)
+                return
+
+    def _gives_up(self, lane: Lane, num_lanes: int) -> bool:
+        """True if `lane`, for which memory ran out among `num_lanes`, leaves, or is the last and another one has left
+        since."""
+        with self._leaving:
+            if len(self._lanes) == 1:
+                return num_lanes > 1
+            self._lanes.remove(lane)
+            return True
 
 
 class _Feed(Generic[B]):
-    """Hands the blocks to the lanes in order, and stops handing out when told to."""
+    """Hands the blocks to the lanes in order, and stops handing out when told to. `ended` is set when there is none
+    left; what is given back is handed out again all the same."""
 
     def __init__(self, blocks: Iterator[B]) -> None:
         self._blocks = blocks
         self._lock = threading.Lock()
+        self._returned: deque[B] = deque()
+        self._stopped = False
         self.ended = threading.Event()
 
     def __iter__(self) -> _Feed[B]:
@@ -141,6 +168,8 @@ class _Feed(Generic[B]):
 
     def __next__(self) -> B:
         with self._lock:
+            if self._returned and not self._stopped:
+                return self._returned.popleft()
             if self.ended.is_set():
                 raise StopIteration
             try:
@@ -150,7 +179,14 @@ class _Feed(Generic[B]):
                 self.ended.set()
                 raise
 
+    def give_back(self, block: B) -> None:
+        self._returned.append(block)
+
+    def has_more(self) -> bool:
+        return bool(self._returned) and not self._stopped
+
     def stop(self) -> None:
+        self._stopped = True
         self.ended.set()
 
 
@@ -159,10 +195,15 @@ def memory_errors() -> Iterator[None]:
     """Turns running out of memory, of the host or of an accelerator, into a MachineError."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch has an own class for accelerators and none for the host
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not known:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise MachineError(
             "out of memory", where=f"pid {os.getpid()}", hint="a smaller --memory-budget, or fewer ranks"
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch and Python raise where memory runs out, of the host or of an accelerator."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")  # of the host, of a driver, of cuBLAS
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)

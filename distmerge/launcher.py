@@ -6,9 +6,11 @@ Imports no torch: what a rank is told, it is told by the environment variables o
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import signal
 import site
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +29,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal
 _POLL_SECONDS = 0.01
 _HEARING_SECONDS = 2.0
 _GRACE_SECONDS = 30.0
+_BACKLOG = 2048  # as many as ranks may come at once
 
 
 class Process(Protocol):
@@ -57,6 +60,17 @@ class _Fork:
     def poll(self) -> int | None:
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def listen(address: str, port: int, *, alone: bool) -> socket.socket | None:
+    """A socket for the store that listens at `address` and nowhere else, as torch's own would; None where that might
+    not be what other nodes see of this one, or cannot be had. `alone` says that all ranks are on this machine."""
+    with contextlib.suppress(ValueError, OSError):
+        if not alone:
+            ipaddress.ip_address(address)  # a name may mean another interface there
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((address, port), family=family, backlog=_BACKLOG)
+    return None
 
 
 def rank_variables(rank: int, size: int, *, run_id: str, address: str, port: int) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -12,6 +13,7 @@ from distmerge.checkpoint.header import ITEMSIZE, TensorSpec, build_header
 from distmerge.checkpoint.packed_form import PackedForm, Part
 from distmerge.checkpoint.packing import Stored
 from distmerge.grid import BLOCK_NUMEL, Grid, grid_of
+from distmerge.storage.sharing import BLOCK_NBYTES, whole_blocks
 
 MEASURED_NUMEL = BLOCK_NUMEL // 2  # elements of which is measured at once what is left of a change
 KEPT_STACKS = 2  # of experts' factors: those of the projections up and down
@@ -234,11 +236,12 @@ def pack_shards(tensors: Iterable[Wanted], max_nbytes: int) -> dict[str, list[Wa
 
 def place(shards: dict[str, list[Wanted]]) -> tuple[tuple[OutputFile, ...], tuple[Task, ...]]:
     """The files, and the tasks in the order of their bytes: packed ones, which are multiples of 8 bytes, then wide
-    dtypes first, so that every tensor is aligned."""
+    dtypes first, so that every tensor is aligned. A file's header is as long as makes the most of what is copied lie in
+    blocks as it does in its source, so that file systems can share those."""
     files, tasks = [], []
     for number, (name, shard) in enumerate(shards.items()):
         tensors = sorted(shard, key=lambda tensor: 0 if tensor.form else 9 - ITEMSIZE[tensor.dtype])
-        offset = begin = len(build_header([(p.name, p.dtype, p.shape) for t in tensors for p in t.parts]))
+        offset = begin = _data_begin(tensors)
         for tensor in tensors:
             tasks.append(
                 Task(
@@ -258,6 +261,21 @@ def place(shards: dict[str, list[Wanted]]) -> tuple[tuple[OutputFile, ...], tupl
             offset += tensor.nbytes
         files.append(OutputFile(name=name, nbytes=offset, data_begin=begin))
     return tuple(files), tuple(tasks)
+
+
+def _data_begin(tensors: Sequence[Wanted]) -> int:
+    """Where the data of a file begins that holds `tensors` one after another: at a multiple of 8 bytes, from which the
+    most whole blocks that are copied have places that differ from those in their source by a multiple of a block."""
+    nbytes = len(build_header([(p.name, p.dtype, p.shape) for t in tensors for p in t.parts]))
+    blocks: Counter[int] = Counter()
+    offset = 0
+    for tensor in tensors:
+        if tensor.kind == "copy":
+            first, last = whole_blocks(tensor.source.data.begin, tensor.nbytes)
+            blocks[(tensor.source.data.begin - offset) % BLOCK_NBYTES] += max(0, last - first)
+        offset += tensor.nbytes
+    wanted = [(-count, place) for place, count in blocks.items() if count and place % 8 == 0]
+    return nbytes + (min(wanted)[1] - nbytes) % BLOCK_NBYTES if wanted else nbytes
 
 
 def cut_segments(tasks: tuple[Task, ...]) -> tuple[Segment, ...]:

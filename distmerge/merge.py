@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
+from distmerge.budget import budget_here
 from distmerge.claim import claims
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, MachineError, printable
+from distmerge.input_files import input_files
 from distmerge.plan import Plan, make_plan
 from distmerge.progress import Display, Snapshot, clock, gigabytes
 from distmerge.publish import check_output, is_published, publish
@@ -18,7 +20,8 @@ from distmerge.report.verdict import judge
 from distmerge.runlog import check_run_log, write_run_log
 from distmerge.share import Records, Share
 from distmerge.storage.collector import uncollected
-from distmerge.verify import check_headers, check_records
+from distmerge.unchanged import check_unchanged
+from distmerge.verify import check_headers, check_inputs, check_records
 from distmerge.work import WorkFolder
 from distmerge.world import World
 
@@ -60,6 +63,7 @@ def _plan(config: MergeConfig, work: WorkFolder, world: World, display: Display,
         display.say(f"done     {config.output} holds the result of this merge already")
         work.clear_after(plan)
         return None
+    budget_here(plan, config.memory_budget, world.place.local_size)  # refuses what could not run
     world.check()  # the last moment at which stopping leaves nothing behind
     digest = work.open(plan)
     try:
@@ -87,13 +91,19 @@ def _publish(config: MergeConfig, plan: Plan, work: WorkFolder, gathered: list[s
     shards = [shard for record in records for shard in record.shards]
     check_records(plan, segments, shards)
     check_headers(plan, work.model)
-    receipt = publish(config, plan, work, segments, shards)
+    inputs = sorted((each for record in records for each in record.inputs), key=lambda each: each.name)
+    check_inputs(input_files(plan, config) if plan.hash_inputs else (), inputs)
+    check_unchanged(config, plan, work)
+    receipt = publish(config, plan, work, segments, shards, inputs=inputs)
     if kept := sum(record.num_kept for record in records):
         display.say(f"resumed  {kept} of {len(plan.segments)} segments were finished by an earlier run")
     display.say(
         f"proven   {len(receipt.ledger)} adapter tensors applied exactly once, {len(plan.tasks)} tensors written, "
-        f"{hashed(receipt.files.values())}"
+        f"{hashed(receipt.files.values())}{', read back from storage' * config.read_back}"
     )
+    if inputs:
+        known = sum(each.on_hub for each in inputs)
+        display.say(f"inputs   {len(inputs)} files hashed, {known} of them as the Hub has them")
     verdict = judge(receipt.tensors)
     if verdict.packing:
         display.say(f"packed   {verdict.packing}")

@@ -26,7 +26,7 @@ from distmerge.checkpoint.sidefiles import NewHead, SideFile, find_side_files, o
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.doubts import doubts
 from distmerge.errors import InputError, listing, printable
-from distmerge.fingerprint import choices
+from distmerge.fingerprint import marks
 from distmerge.forms import Forms, choose_forms
 from distmerge.keeping import keep_packed, refuse_foreign
 from distmerge.layout import (
@@ -41,6 +41,7 @@ from distmerge.layout import (
 )
 from distmerge.numerics.methods import SUM, Combine
 from distmerge.outputs import Outputs, collect
+from distmerge.redaction import redacted
 from distmerge.shards import make_shards
 from distmerge.simulate import simulate
 from distmerge.storage.checksums import READ_BACK, require
@@ -52,6 +53,7 @@ SAID = ("notes", "warnings")  # fields of a plan that decide nothing
 
 MAX_FOLLOWERS = 8  # threads of a rank that read files back for their digests
 FOLLOWER_NBYTES = 1 << 18  # through which each of them reads
+INPUT_NBYTES = 1 << 20  # through which a rank hashes inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ class Plan:
     """Every task of a run and where its bytes go. Names no absolute path and no rank: equal inputs and options give an
     equal plan. The times of the base's files belong to the inputs, since a header does not show that data changed.
     `num_kept` counts the output's tensors that are parts of packed weights, as the base holds them. `file_digest` is
-    the kind of digest that weight files get."""
+    the kind of digest that weight files get; with `hash_inputs` the files of base and adapters are hashed too."""
 
     fingerprint: dict[str, str]
     base_files: tuple[FileMark, ...]
@@ -95,6 +97,7 @@ class Plan:
     combine: Combine = SUM
     num_kept: int = 0
     file_digest: str = "sha256"
+    hash_inputs: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -134,7 +137,8 @@ class Plan:
         return self._segments_by_file[file]
 
     def header_of(self, file: int) -> bytes:
-        return build_header([(p.name, p.dtype, p.shape) for task in self.tasks_of(file) for p in task.parts])
+        parts = [(p.name, p.dtype, p.shape) for task in self.tasks_of(file) for p in task.parts]
+        return build_header(parts, self.files[file].data_begin)
 
     @cached_property
     def adapter_keys(self) -> frozenset[tuple[int, str]]:
@@ -154,8 +158,8 @@ class Plan:
 
     @property
     def followed_nbytes(self) -> int:
-        """Bytes of the buffers through which weight files are read back."""
-        return MAX_FOLLOWERS * FOLLOWER_NBYTES if self.reads_back else 0
+        """Bytes of the buffers through which weight files are read back, and inputs are hashed."""
+        return MAX_FOLLOWERS * FOLLOWER_NBYTES * self.reads_back + INPUT_NBYTES * self.hash_inputs
 
     @property
     def nbytes_to_write(self) -> int:
@@ -212,6 +216,11 @@ class Plan:
         measured = 8 * MEASURED_NUMEL
         return blocks + scales + operators + measured + self._combine_nbytes + self._packing_nbytes
 
+    @cached_property
+    def least_nbytes(self) -> int:
+        """Bytes with which one lane can work: for one block, and for what changes the largest tensors."""
+        return self.loading_nbytes + self.followed_nbytes + self.lane_nbytes + self.held_nbytes
+
     @property
     def _packing_nbytes(self) -> int:
         """Bytes that packing one block takes at most."""
@@ -264,7 +273,7 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
     if outputs.edits.skipped is None:
         made.update(FILES)
     plan = Plan(
-        fingerprint=_fingerprint(config, base, planned, device),
+        fingerprint=marks(config, base.files, planned, device),
         base_files=base.files,
         adapters=tuple(planned),
         files=files,
@@ -272,11 +281,12 @@ def make_plan(config: MergeConfig, device: str, *, scratch: Path | None = None) 
         segments=cut_segments(tasks),
         side_files=_side_files(base, [adapter for adapter, _ in adapters], config, made),
         config_json=config_json,
-        notes=tuple(dict.fromkeys(notes)),
-        warnings=tuple(dict.fromkeys(warnings)),
+        notes=tuple(dict.fromkeys(map(redacted, notes))),
+        warnings=tuple(dict.fromkeys(map(redacted, warnings))),
         combine=_combine(config),
         num_kept=sum(output.as_is for output in outputs.tensors.values()),
         file_digest=config.digest,
+        hash_inputs=config.hash_inputs,
     )
     count_lanes(plan, config.memory_budget, wanted=1)
     return plan
@@ -332,7 +342,7 @@ def _planned(adapter: Adapter, weight: float, names: Names, unused: dict[str, st
     return PlannedAdapter(
         name=adapter.folder.name,
         tuner=adapter.config.peft_type,
-        base_model=adapter.config.base_model,
+        base_model=redacted(adapter.config.base_model),
         weight=weight,
         files=adapter.files,
         partial=adapter.is_partial,
@@ -376,23 +386,11 @@ def _output_config(
 def count_lanes(plan: Plan, memory_budget: int, *, wanted: int) -> int:
     """How many of `wanted` lanes fit the budget beside the factors. Raises InputError if not even one does."""
     # Each lane may be at another tensor, and what changes one more is being loaded.
-    loading, lane = plan.loading_nbytes + plan.followed_nbytes, plan.lane_nbytes + plan.held_nbytes
-    if (fits := (memory_budget - loading) // lane) < 1:
-        needed = loading + lane
+    lane = plan.lane_nbytes + plan.held_nbytes
+    if (fits := 1 + (memory_budget - plan.least_nbytes) // lane) < 1:
         raise InputError(
-            f"{memory_budget} bytes are too few: one block and the largest factors take {needed}",
+            f"{memory_budget} bytes are too few: one block and the largest factors take {plan.least_nbytes}",
             where="--memory-budget",
-            hint=f"--memory-budget {-(-needed // (1 << 20))}MiB",
+            hint=f"--memory-budget {-(-plan.least_nbytes // (1 << 20))}MiB",
         )
     return min(wanted, fits)
-
-
-def _fingerprint(config: MergeConfig, base: Base, adapters: list[PlannedAdapter], device: str) -> dict[str, str]:
-    """What must be equal for a run to continue another: everything that can change a byte of the output."""
-    marks: dict[str, Any] = choices(config, device)
-    for file in base.files:
-        marks[f"base {file.name}"] = f"{file.nbytes} bytes, mtime {file.mtime_ns}, header {file.header_sha256}"
-    for number, adapter in enumerate(adapters, start=1):
-        marks[f"adapter {number}"] = f"weights {adapter.weights_sha256}, config {adapter.config_sha256}"
-        marks[f"adapter {number} --weight"] = adapter.weight
-    return {key: str(value) for key, value in marks.items()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from distmerge.errors import DistmergeError
+from distmerge.redaction import redacted
 
 _REFRESH_SECONDS = 0.5
 _LINE_SECONDS = 10.0
@@ -70,7 +71,7 @@ class Display:
         """One line for people."""
         if not self._quiet:
             with contextlib.suppress(OSError, ValueError):  # nobody listens; never a reason to fail
-                print(text, file=self._stream, flush=True)
+                print(redacted(text), file=self._stream, flush=True)
 
     @contextlib.contextmanager
     def counting(self, verb: str, total: int, unit: str = "") -> Iterator[Counter]:

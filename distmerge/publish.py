@@ -14,6 +14,8 @@ from distmerge.checkpoint.base import INDEX, RECEIPT, SINGLE, folder_name
 from distmerge.checkpoint.sidefiles import copy_side_file
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, MachineError, VerifyError, listing, printable
+from distmerge.input_files import InputRecord
+from distmerge.journal import ShardRecord
 from distmerge.plan import Plan
 from distmerge.receipt import (
     FileEntry,
@@ -27,11 +29,11 @@ from distmerge.receipt import (
 from distmerge.report.card import model_card
 from distmerge.report.verdict import judge
 from distmerge.storage.checksums import crc32, crc32_text, join_crc32s
-from distmerge.storage.files import fsync_dir, io_errors, replace_file
+from distmerge.storage.files import fsync_dir, io_errors, machine_error, rename, replace_file, sha256_of
 from distmerge.storage.records import decode
 from distmerge.storage.strict_json import read_object
 from distmerge.stream import SegmentRecord
-from distmerge.work import ShardRecord, WorkFolder
+from distmerge.work import WorkFolder
 
 
 def check_output(config: MergeConfig) -> None:
@@ -39,6 +41,12 @@ def check_output(config: MergeConfig) -> None:
     output = config.output
     if output.name in ("", ".."):
         raise InputError("is no name for a new folder", where=f"--output {output}")
+    if _is_no_text(output):
+        raise InputError(
+            "the path is not UTF-8, and the safetensors library opens no file below it",
+            where=f"--output {output}",
+            hint="choose another --output",
+        )
     try:
         _check_places(config, WorkFolder(output).path)
         if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -69,6 +77,14 @@ def check_output(config: MergeConfig) -> None:
             where=str(output),
             hint="move them away; --overwrite replaces only outputs of distmerge",
         )
+
+
+def _is_no_text(path: Path) -> bool:
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _check_places(config: MergeConfig, work: Path) -> None:
@@ -116,6 +132,8 @@ def publish(
     work: WorkFolder,
     segments: Sequence[SegmentRecord],
     shards: Sequence[ShardRecord],
+    *,
+    inputs: Sequence[InputRecord] = (),
 ) -> Receipt:
     """Completes the model in the work folder and makes it the output; returns the receipt.
 
@@ -137,9 +155,12 @@ def publish(
     index = _index(plan)
     for name, data in {**contents, **index}.items():
         files[name] = FileEntry(kind="sha256", digest=hashlib.sha256(data).hexdigest(), bytes=len(data))
-    receipt = build_receipt(plan, config, ledger, tensors, dict(sorted(files.items())))
-    for name, data in {**contents, RECEIPT: receipt.to_json(), **index}.items():
+    receipt = build_receipt(plan, config, ledger, tensors, dict(sorted(files.items())), inputs=inputs)
+    made = {**contents, RECEIPT: receipt.to_json(), **index}
+    for name, data in made.items():
         replace_file(work.model / name, data)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in made.items()}
+    _read_back(work.model, {**digests, **{side.name: side.sha256 for side in plan.side_files}})
     _sweep(work.model, {*files, RECEIPT})
     _rename(work, config)
     return receipt
@@ -182,6 +203,17 @@ def _make_parents(folder: Path, name: str) -> None:
         path /= part
 
 
+def _read_back(folder: Path, digests: dict[str, str]) -> None:
+    """Raises VerifyError for the first file whose SHA-256 is not the one that it should have."""
+    for name, digest in digests.items():
+        if sha256_of(folder / name) != digest:
+            raise VerifyError(
+                "was read back with other bytes than were written",
+                where=str(folder / name),
+                hint="disk, memory or network storage has failed; run the same command again",
+            )
+
+
 def _files_in(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
 
@@ -208,16 +240,19 @@ def _rename(work: WorkFolder, config: MergeConfig) -> None:
     with io_errors(output):
         if config.overwrite and output.exists() and any(output.iterdir()):
             shutil.rmtree(replaced, ignore_errors=True)
-            output.rename(replaced)
+            rename(output, replaced)
         try:
-            os.rename(work.model, output)
+            rename(work.model, output)
         except OSError as error:
             # Network file systems may report failure for a rename that happened.
             if work.model.exists() or not (output / RECEIPT).exists():
                 if replaced.exists() and not output.exists():
-                    replaced.rename(output)
-                hint = "it was made while the merge ran; choose another --output" if output.exists() else ""
-                raise MachineError(f"cannot be renamed to ({error.strerror})", where=str(output), hint=hint) from None
+                    rename(replaced, output)
+                said = machine_error(error, output)
+                made = "it was made while the merge ran; choose another --output" if output.exists() else ""
+                raise MachineError(
+                    f"cannot be renamed to: {said.what}", where=str(output), hint=made or said.hint
+                ) from None
     fsync_dir(output.parent)
     fsync_dir(work.path)
     work.discard()

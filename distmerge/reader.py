@@ -26,6 +26,8 @@ from distmerge.numerics.lora import Factors
 from distmerge.numerics.tuners import LOW_RANK, OPERATORS
 from distmerge.plan import Plan
 from distmerge.storage.files import copy_range, drop_cache, open_input, read_exact
+from distmerge.storage.sharing import share_range
+from distmerge.untouched import Untouched
 
 _MAX_OPEN = 64
 
@@ -71,6 +73,10 @@ class Reader:
     def copy(self, spec: TensorSpec, offset: int, fd: int, place: int, nbytes: int, *, origin: int = 0) -> bool:
         """True if the kernel has copied the bytes of a tensor to byte `place` of another file, all of them."""
         return copy_range(self._fd(origin, spec.file), spec.begin + offset, fd, place, nbytes) == nbytes
+
+    def share(self, one: Untouched, fd: int) -> bool:
+        """True if the bytes are in the output file `fd` now, in blocks that it shares with the input."""
+        return share_range(self._fd(one.origin, one.file), one.source, fd, one.begin, one.nbytes)
 
     def read(self, spec: TensorSpec, offset: int, view: memoryview, *, origin: int = 0) -> None:
         """Fills `view` with the bytes of a tensor of the base, or of adapter number `origin`, from byte `offset` on."""

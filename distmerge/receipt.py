@@ -16,6 +16,7 @@ from distmerge import __version__
 from distmerge.checkpoint.base import RECEIPT, folder_name
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, printable, shown
+from distmerge.input_files import InputRecord
 from distmerge.numerics.survival import Survival, check_sizes, digits, summarize, total
 from distmerge.plan import Plan
 from distmerge.storage.checksums import HEX_DIGITS
@@ -24,8 +25,10 @@ from distmerge.storage.records import decode, encode, named_values
 from distmerge.storage.strict_json import read_object
 from distmerge.stream import PieceRecord, SegmentRecord
 
-VERSION = 3
+VERSION = 4
+_SMALLEST_SIZE = 1e-60  # that `check_sizes` lets pass, but for 0
 _BEFORE_DIGESTS = 2  # the version in which every file had its SHA-256
+_BEFORE_INPUTS = 3  # the version in which no file of an input had one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,8 @@ class MergedAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The options that decide bytes of the output; `digest` only those of the receipt and the model card."""
+    """The options that decide bytes of the output; `digest` and `hash_inputs` only those of the receipt and the model
+    card."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"]
     quantize: Literal["none", "nf4", "fp4"]
@@ -78,6 +82,7 @@ class Options:
     allow_pickle: bool
     allow_zero_delta: bool
     digest: Literal["sha256", "crc32", "xxh3", "none"]
+    hash_inputs: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +135,23 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputEntry:
+    """A file of an input: its digest, its length, and whether its download tells that the Hub has the same."""
+
+    sha256: str
+    bytes: int
+    on_hub: bool
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or not set(self.sha256) <= set("0123456789abcdef"):
+            raise ValueError(f"sha256 is {self.sha256[:80]!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """What `merge_receipt.json` holds. `plan` is the digest of the plan; ledger keys are the adapter's own tensor
-    names, prefixed with `1:`, `2:`, ... where several adapters were merged; `tensors` are those that were changed or
+    names, prefixed with `1:`, `2:`, ... where several adapters were merged; `inputs` are the files of the base
+    (`base/...`) and the adapters (`adapter 1/...`), if they were hashed; `tensors` are those that were changed or
     replaced, or hold values that are not finite, numbers with 6 significant digits."""
 
     version: int
@@ -141,11 +160,14 @@ class Receipt:
     adapters: tuple[MergedAdapter, ...]
     options: Options
     ledger: dict[str, LedgerEntry]
+    inputs: dict[str, InputEntry]
     files: dict[str, FileEntry]
     environment: dict[str, str]
     tensors: dict[str, TensorEntry]
 
     def __post_init__(self) -> None:
+        if bool(self.inputs) != self.options.hash_inputs:
+            raise ValueError(f"{len(self.inputs)} inputs have digests, hash_inputs is {self.options.hash_inputs}")
         for name, entry in self.files.items():
             if entry.kind != (kind := self.options.digest if name.endswith(".safetensors") else "sha256"):
                 raise ValueError(f"{name!r} has the digest {entry.kind}, the options ask for {kind}")
@@ -196,10 +218,15 @@ def build_tensors(plan: Plan, records: Iterable[SegmentRecord]) -> dict[str, Ten
             found[task.name] = TensorEntry(
                 numel=task.source.numel,
                 survival=summarize(total(sums)) if sums else None,
-                singular_values=tuple(digits(value) for piece in done for value in piece.singular),
+                singular_values=tuple(_size(value) for piece in done for value in piece.singular),
                 not_finite=not_finite,
             )
     return found
+
+
+def _size(value: float) -> float:
+    """`value` as a receipt holds it: a product of factors may be smaller than all that float32 tensors can have."""
+    return digits(value) if value > _SMALLEST_SIZE else 0.0
 
 
 def _by_task(records: Iterable[SegmentRecord]) -> dict[int, list[PieceRecord]]:
@@ -235,8 +262,11 @@ def build_receipt(
     ledger: dict[str, LedgerEntry],
     tensors: dict[str, TensorEntry],
     files: dict[str, FileEntry],
+    *,
+    inputs: Iterable[InputRecord],
 ) -> Receipt:
-    """The receipt of a merge; `files` are all other files of the output."""
+    """The receipt of a merge; `files` are all other files of the output, `inputs` those of base and adapters that were
+    hashed."""
     import torch  # only its version is needed
 
     return Receipt(
@@ -260,6 +290,7 @@ def build_receipt(
         ),
         options=_options(config),
         ledger=ledger,
+        inputs={each.name: InputEntry(sha256=each.sha256, bytes=each.nbytes, on_hub=each.on_hub) for each in inputs},
         files=files,
         environment={
             "distmerge": __version__,
@@ -295,6 +326,7 @@ def _options(config: MergeConfig) -> Options:
             "allow_pickle": config.allow_pickle,
             "allow_zero_delta": config.allow_zero_delta,
             "digest": config.digest,
+            "hash_inputs": config.hash_inputs,
         },
     )
     return made
@@ -306,10 +338,10 @@ def read_receipt(folder: Path) -> Receipt | None:
     if not path.is_file():
         return None
     values = read_object(path)
-    if values.get("version") not in (VERSION, _BEFORE_DIGESTS):
+    if values.get("version") not in range(_BEFORE_DIGESTS, VERSION + 1):
         raise InputError(
             f"is a receipt of version {shown(values.get('version'))}, this distmerge reads versions {_BEFORE_DIGESTS} "
-            f"and {VERSION}",
+            f"to {VERSION}",
             where=str(path),
             hint="use the distmerge that wrote it (`environment`), or merge again",
         )
@@ -326,8 +358,10 @@ def _with_kinds(values: dict[str, Any]) -> dict[str, Any]:
     options, files = values.get("options"), values.get("files")
     if not isinstance(options, dict) or not isinstance(files, dict):
         raise ValueError("no options or no files")
-    if values["version"] == _BEFORE_DIGESTS:
+    if values["version"] <= _BEFORE_DIGESTS:
         options = {**options, "digest": "sha256"}
+    if values["version"] <= _BEFORE_INPUTS:
+        options, values = {**options, "hash_inputs": False}, {**values, "inputs": {}}
     entries = {}
     for name, value in files.items():
         if not isinstance(value, dict) or len(value) > 2 or "bytes" not in value or "none" in value:

@@ -12,19 +12,23 @@ import torch
 
 from distmerge import __version__
 from distmerge.adapter.screen import weights_digest
+from distmerge.budget import budget_here
 from distmerge.clock import profile_of
 from distmerge.config import MergeConfig
 from distmerge.errors import InputError, MachineError
 from distmerge.follower import Followers
+from distmerge.input_files import InputHashes, InputRecord
+from distmerge.journal import ShardRecord
 from distmerge.layout import used_tensors
 from distmerge.numerics.compiled import arithmetic
 from distmerge.numerics.precision import full_precision
 from distmerge.plan import Plan, count_lanes
+from distmerge.room import RoomWatch
 from distmerge.runlog import RankLog, Span
 from distmerge.storage.checksums import require
 from distmerge.storage.records import decode_rows, encode_rows
 from distmerge.stream import Running, SegmentRecord, Stream
-from distmerge.work import ShardRecord, WorkFolder
+from distmerge.work import WorkFolder
 from distmerge.world import World
 
 _REPORT_SECONDS = 0.5
@@ -34,10 +38,11 @@ _MAX_LANES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
-    """What a rank did, and when: every segment it claimed, every weight file it ended."""
+    """What a rank did, and when: every segment it claimed, every weight file it ended, every input that it hashed."""
 
     segments: tuple[SegmentRecord, ...]
     shards: tuple[ShardRecord, ...]
+    inputs: tuple[InputRecord, ...]
     log: RankLog
 
     @property
@@ -73,22 +78,27 @@ class Share:
         self._precision = full_precision(num_threads=1)  # the lanes are the threads
         self._plan, self._work, self._world = plan, work, world
         self._earlier = work.done(plan)
-        wanted = wanted_lanes(world.place.local_size)
+        local_size = world.place.local_size
+        wanted = wanted_lanes(local_size)
         self._stream = Stream(
             plan,
             config.base,
             tuple(adapter.home for adapter in config.all_adapters),
             lambda number: work.open_file(plan, number),
             device=device,
-            num_lanes=count_lanes(plan, config.memory_budget, wanted=wanted),
+            num_lanes=count_lanes(plan, budget_here(plan, config.memory_budget, local_size), wanted=wanted),
         )
-        self._followers = Followers(plan, work, world, self._earlier.shards, num_lanes=wanted)
         self._running: tuple[Running, float] | None = None
+        self._followers = Followers(
+            plan, work, world, self._earlier.shards, num_lanes=wanted, read_back=config.read_back
+        )
+        self._inputs = InputHashes(plan, config, world)
         self._segments: list[SegmentRecord] = []
         self._device, self._started = device, time.time()
         self._since = since
         self._spans: list[Span] = []
         self._reported = 0.0
+        self._room = RoomWatch(plan, work.output, work.model)
         self._unread = 0
         self._doing = ""
 
@@ -98,6 +108,7 @@ class Share:
 
     def __exit__(self, *_: object) -> None:
         self._followers.close()
+        self._inputs.close()
         self._stream.close()
         self._precision.__exit__(None, None, None)
 
@@ -133,19 +144,21 @@ class Share:
         start = max(started, self._spans[-1].end) if self._spans else started
         span = Span(segment=record.segment, start=start, end=max(start, time.time()), nbytes=nbytes, kept=kept)
         self._spans.append(span)
-        self._followers.end(record.segment, kept=kept)
+        self._followers.end(record.segment, kept=kept, crc32=record.crc32)
 
     def records(self) -> Records:
         """The records of everything that `do` did, once the files that this rank ended are durable."""
         self._finish()
-        self._doing = "making files durable"
-        while not self._followers.wait(_WAIT_SECONDS):
-            self.tick()
-            self._world.watch("the segments of other ranks")
+        for doing, part in (("making files durable", self._followers), ("hashing inputs", self._inputs)):
+            self._doing = doing
+            while not part.wait(_WAIT_SECONDS):
+                self.tick()
+                self._world.watch("the segments of other ranks")
         self._report("waiting for the other ranks")
         return Records(
             segments=tuple(self._segments),
             shards=self._followers.records(),
+            inputs=self._inputs.records(),
             log=RankLog(
                 rank=self._world.place.rank,
                 host=socket.gethostname(),
@@ -155,7 +168,7 @@ class Share:
                 spans=tuple(self._spans),
                 profile=profile_of(
                     self._stream.clocks,
-                    self._followers.clocks,
+                    [*self._followers.clocks, self._inputs.clock],
                     start=self._started - self._since,
                     seconds=time.time() - self._started,
                 ),
@@ -166,8 +179,11 @@ class Share:
         """Notices signals and failed ranks, and reports progress; called a few times a second."""
         self._world.check()
         self._followers.check()  # a file that could not be ended ends the run now
+        self._inputs.check()
         if time.monotonic() - self._reported > _REPORT_SECONDS:
             self._report(self._doing)
+        if self._world.place.rank == 0 and self._room.is_due():
+            self._room.check(sum(int(report.get("nbytes", 0)) for report in self._world.reports()))
 
     def _report(self, doing: str) -> None:
         self._reported = time.monotonic()

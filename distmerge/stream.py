@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from distmerge.plan import Plan
 from distmerge.reader import Reader
 from distmerge.storage.checksums import crc32, join_crc32s
 from distmerge.storage.files import read_exact, write_exact
+from distmerge.untouched import untouched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +84,22 @@ class _Done:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What is known of a segment's pieces beside their blocks: which are there already, in blocks of the disk that the
+    output shares with an input, and by the number of a piece what its changes are as a whole, once they are loaded."""
+
+    shared: frozenset[int]
+    wholes: dict[int, Whole] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """A segment that lanes are at work on: what of it is `done` already, its last `batch`, and by the number of a piece
-    what its changes are as a whole."""
+    """A segment that lanes are at work on: what of it is `done` already, and its last `batch`."""
 
     segment: int
     done: list[_Done]
-    batch: Batch[_Done]
-    wholes: dict[int, Whole]
+    batch: Batch[Block, _Done]
+    known: _Known
 
 
 class Stream:
@@ -143,12 +152,12 @@ class Stream:
         begun. Raises as `run` does."""
         segment = self._plan.segments[number]
         self._close_others(segment.file)
-        wholes: dict[int, Whole] = {}
+        known = _Known(shared=self._share(segment))
         done: list[_Done] = []
         *first, last = _batches(self._plan, segment)
         for pieces in first:
-            done += self._write(segment, pieces, wholes, tick).finish(tick)
-        return Running(segment=number, done=done, batch=self._write(segment, last, wholes, tick), wholes=wholes)
+            done += self._write(segment, pieces, known, tick).finish(tick)
+        return Running(segment=number, done=done, batch=self._write(segment, last, known, tick), known=known)
 
     def follows(self, number: int, running: Running) -> bool:
         """True if segment `number` may begin before `running` is finished: it is of the same file, and what must be
@@ -169,7 +178,9 @@ class Stream:
             segment=running.segment,
             crc32=_joined(done) if self._plan.file_digest != "none" else None,
             pieces=tuple(
-                _piece_record(self._plan.tasks[piece.task], piece, running.wholes.get(i, Whole()), by_piece.get(i, []))
+                _piece_record(
+                    self._plan.tasks[piece.task], piece, running.known.wholes.get(i, Whole()), by_piece.get(i, [])
+                )
                 for i, piece in enumerate(segment.pieces)
             ),
         )
@@ -182,35 +193,42 @@ class Stream:
         done = sorted(self._lanes.each(blocks, self._check_block, tick), key=_place)
         return _joined(done) == record.crc32
 
-    def _write(
-        self, segment: Segment, pieces: range, wholes: dict[int, Whole], tick: Callable[[], None]
-    ) -> Batch[_Done]:
+    def _write(self, segment: Segment, pieces: range, known: _Known, tick: Callable[[], None]) -> Batch[Block, _Done]:
         scales = [self._first_pass.prepare(segment.pieces[i].task, tick) for i in pieces]
-        return self._lanes.begin(self._blocks(segment, pieces, wholes, next(iter(scales), None)), self._merge_block)
+        return self._lanes.begin(self._blocks(segment, pieces, known, next(iter(scales), None)), self._merge_block)
 
-    def _blocks(
-        self, segment: Segment, pieces: range, wholes: dict[int, Whole] | None, scales: Scales | None
-    ) -> Iterator[Block]:
-        """The blocks of `pieces` of `segment` in order; where `wholes` is given, with the changes, which it looks at
+    def _blocks(self, segment: Segment, pieces: range, known: _Known | None, scales: Scales | None) -> Iterator[Block]:
+        """The blocks of `pieces` of `segment` in order; where `known` is given, with the changes, which it looks at
         once, for the piece that holds block 0."""
         for i in pieces:
             piece = segment.pieces[i]
             task = self._plan.tasks[piece.task]
-            changes = self._first_pass.load(piece.task) if wholes is not None else ()
-            if wholes is not None and piece.first == 0:
-                wholes[i] = _whole(changes)
-            for block in range(piece.first, piece.last):
-                first, last = task.block(block)
-                yield Block(piece=i, task=task, block=block, first=first, last=last, changes=changes, scales=scales)
+            changes = self._first_pass.load(piece.task) if known is not None else ()
+            if known is not None and piece.first == 0:
+                known.wholes[i] = _whole(changes)
+            shared = known is not None and i in known.shared
+            for number in range(piece.first, piece.last):
+                first, last = task.block(number)
+                block = Block(piece=i, task=task, block=number, first=first, last=last, changes=changes, scales=scales)
+                yield replace(block, shared=True) if shared else block
 
     def _merge_block(self, lane: Lane, block: Block) -> _Done:
-        if self._plan.file_digest == "none" and self._copied(block):
+        if self._plan.file_digest == "none" and (block.shared or self._copied(block)):
             return self._done(block, b"")
+        if block.shared:
+            return self._check_block(lane, block)
         data, effect = write_values(lane, self._reader, block)
         with during("write"):
             name = self._plan.files[block.task.file].name
             write_exact(self._fd_out(block.task.file), data, self._offset(block), name)
         return self._done(block, data, effect)
+
+    def _share(self, segment: Segment) -> frozenset[int]:
+        """Has the output share the blocks of what is untouched, where it can: the numbers of the pieces that are in
+        their places by that. If they get a checksum, it is of what the output then holds."""
+        found = untouched(self._plan.tasks, segment.pieces)
+        fd = self._fd_out(segment.file)
+        return frozenset(piece for one in found if self._reader.share(one, fd) for piece in one.pieces)
 
     def _copied(self, block: Block) -> bool:
         """True if the kernel has copied the block: it need not be looked at, and no checksum of it is wanted."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from distmerge.checkpoint.header import read_header
-from distmerge.errors import VerifyError, listing
+from distmerge.errors import FAILED_STORAGE, InputError, MachineError, VerifyError, listing
+from distmerge.input_files import InputRecord
+from distmerge.journal import ShardRecord
+from distmerge.lanes import memory_errors
 from distmerge.plan import Plan
+from distmerge.storage.files import begins_with
 from distmerge.stream import SegmentRecord
-from distmerge.work import ShardRecord
 
 
 def check_records(plan: Plan, segments: Sequence[SegmentRecord], shards: Sequence[ShardRecord]) -> None:
@@ -27,15 +30,11 @@ def check_records(plan: Plan, segments: Sequence[SegmentRecord], shards: Sequenc
             raise VerifyError(
                 f"has {shard.nbytes} bytes, planned were {planned_nbytes}", where=plan.files[shard.file].name
             )
-        if not plan.reads_back:
+        if not plan.reads_back and not shard.segment_crc32s:
             continue
         read_back = dict(zip(plan.segments_of(shard.file), shard.segment_crc32s, strict=True))
         if lost := [record for record in segments if read_back.get(record.segment, record.crc32) != record.crc32]:
-            raise VerifyError(
-                f"{len(lost)} segments were read back with other bytes than were written",
-                where=plan.files[shard.file].name,
-                hint="disk, memory or network storage has failed; run the same command again",
-            )
+            raise lost_bytes(len(lost), plan.files[shard.file].name)
     wrong = []
     for record in segments:
         pieces = plan.segments[record.segment].pieces
@@ -58,6 +57,22 @@ def check_records(plan: Plan, segments: Sequence[SegmentRecord], shards: Sequenc
             )
 
 
+def check_inputs(names: Iterable[str], records: Sequence[InputRecord]) -> None:
+    """Raises VerifyError unless each of the inputs `names` was hashed exactly once."""
+    wanted, found = Counter([*names]), Counter(record.name for record in records)
+    if wrong := sorted((wanted - found) + (found - wanted)):
+        raise VerifyError(f"{len(wrong)} inputs were not hashed exactly once: {listing(wrong)}")
+
+
+def lost_bytes(num_segments: int, where: str) -> VerifyError:
+    """That `num_segments` segments of a file are not what was written."""
+    return VerifyError(
+        f"{num_segments} segments were read back with other bytes than were written",
+        where=where,
+        hint=FAILED_STORAGE,
+    )
+
+
 def check_headers(plan: Plan, folder: Path) -> None:
     """Reads the headers on disk, ours and by the safetensors library, and holds them against the plan."""
     from safetensors import SafetensorError, safe_open
@@ -70,14 +85,21 @@ def check_headers(plan: Plan, folder: Path) -> None:
             for part in task.parts:
                 planned[part.name] = (part.dtype, part.shape, begin)
                 begin += part.nbytes
-        found = {spec.name: (spec.dtype, spec.shape, spec.begin) for spec in read_header(path).tensors}
-        if planned != found:
+        try:
+            found = {spec.name: (spec.dtype, spec.shape, spec.begin) for spec in read_header(path).tensors}
+        except InputError as error:
+            raise VerifyError(f"the header on disk is not the planned one ({error.what})", where=str(path)) from None
+        if planned != found or not begins_with(path, plan.header_of(number)):
             raise VerifyError("the header on disk is not the planned one", where=str(path))
         try:
-            with safe_open(path, framework="pt") as opened:
+            with memory_errors(), safe_open(path, framework="np") as opened:  # torch would map the file once more
                 names = set(opened.keys())
         except SafetensorError as error:
             raise VerifyError(f"the safetensors library refuses it ({error})", where=str(path)) from None
+        except OSError:  # whose words are not to be trusted: any cause is a file that is not there
+            raise MachineError(
+                "the safetensors library cannot open it", where=str(path), hint="run the same command again"
+            ) from None
         if names != planned.keys():
             raise VerifyError("the safetensors library reads other tensors than planned", where=str(path))
 

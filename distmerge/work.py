@@ -12,56 +12,42 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import secrets
 import shutil
-import threading
+import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distmerge.clock import during
-from distmerge.errors import InputError, MachineError, VerifyError
+from distmerge.errors import InputError, VerifyError
+from distmerge.journal import Done, Journal, ShardRecord, read_journals
 from distmerge.manifest import Manifest, read_manifest
 from distmerge.page_cache import outgrows_cache
 from distmerge.plan import Plan
+from distmerge.redaction import redacted_json
+from distmerge.room import check_room
 from distmerge.storage.files import (
     allocate,
+    begins_with,
+    close,
     drop_cache,
-    free_nbytes,
     fsync_dir,
     io_errors,
+    rename,
     replace_file,
+    sync_or_drop,
     write_exact,
 )
-from distmerge.storage.records import decode, encode
+from distmerge.storage.records import encode
+from distmerge.storage.sharing import can_share
 from distmerge.stream import SegmentRecord
+from distmerge.untouched import spans_to_reserve
 
 _MANIFEST = "manifest.json"
 _LOCK_SECONDS = 10.0
 _STALE_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRecord:
-    """A weight file that is whole, durable and under its final name. If it was read back, with its digest in hex, of
-    the kind that the plan names, and the CRC-32s of its segments; otherwise these are empty."""
-
-    file: int
-    nbytes: int
-    digest: str
-    segment_crc32s: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """What earlier runs finished, by segment and by file number."""
-
-    segments: dict[int, SegmentRecord]
-    shards: dict[int, ShardRecord]
 
 
 class WorkFolder:
@@ -78,8 +64,7 @@ class WorkFolder:
         self._is_ours = False
         self._plan: Plan | None = None
         self._lock: int | None = None
-        self._journal: int | None = None
-        self._journal_lock = threading.Lock()
+        self._journal = Journal(self._done)
 
     def __enter__(self) -> WorkFolder:
         return self
@@ -165,25 +150,9 @@ class WorkFolder:
         return plan
 
     def done(self, plan: Plan) -> Done:
-        """What the journals say is finished under this very plan; torn and foreign lines count for nothing, and neither
-        do whole files that were read back with other bytes than their segments have."""
-        found = Done(segments={}, shards={})
-        shards: list[ShardRecord] = []
-        for journal in sorted(self._done.glob("*.jsonl")):
-            with io_errors(journal):
-                content = journal.read_bytes()
-            for line in content.split(b"\n"):
-                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                    entry = json.loads(line)
-                    if entry["plan"] != plan.digest:
-                        continue
-                    if "segment" in entry:
-                        segment: SegmentRecord = decode(SegmentRecord, entry["segment"])
-                        found.segments[segment.segment] = segment
-                    else:
-                        shards.append(decode(ShardRecord, entry["shard"]))
-        found.shards.update({shard.file: shard for shard in shards if _agrees(plan, shard, found.segments)})
-        return found
+        """What the journals say is finished under this very plan, as far as it fits the plan."""
+        with io_errors(self._done):
+            return read_journals(self._done, plan)
 
     # -- weight files
 
@@ -197,11 +166,18 @@ class WorkFolder:
         path = self.model / file.name
         return path.is_file() and path.stat().st_size == file.nbytes and not (self.model / f"{file.name}.part").exists()
 
-    def finish(self, plan: Plan, number: int, follow: Callable[[int], tuple[str, tuple[int, ...]]]) -> ShardRecord:
+    def finish(
+        self,
+        plan: Plan,
+        number: int,
+        follow: Callable[[int], tuple[str, tuple[int, ...]]],
+        again: Callable[[int, str], tuple[int, ...]] | None = None,
+    ) -> ShardRecord:
         """Makes weight file `number` durable under its final name.
 
         `follow` gets a descriptor of the file, returns once all of its segments are written, with its digest and their
-        CRC-32s, and may raise to abandon the file as it is.
+        CRC-32s, and may raise to abandon the file as it is. `again` gets the descriptor and the digest once the file is
+        durable and out of the page cache, and returns the CRC-32s anew.
         """
         file = plan.files[number]
         part, final = self.model / f"{file.name}.part", self.model / file.name
@@ -210,15 +186,19 @@ class WorkFolder:
             digest, crcs = follow(fd)
             if (nbytes := os.fstat(fd).st_size) != file.nbytes:
                 raise VerifyError(f"has {nbytes} bytes, planned were {file.nbytes}", where=file.name)
+            if not begins_with(part if part.exists() else final, plan.header_of(number)):
+                raise VerifyError("the header on disk is not the planned one", where=file.name)
             with io_errors(final), during("fsync"):
-                os.fsync(fd)
-            if outgrows_cache(plan):
+                sync_or_drop(fd, part, final)
+            if again is not None or outgrows_cache(plan):
                 drop_cache(fd, 0, nbytes)
+            if again is not None:
+                crcs = again(fd, digest)
         finally:
-            os.close(fd)
+            close(fd, final)
         with io_errors(final):
             try:
-                part.rename(final)
+                rename(part, final)
             except FileNotFoundError:  # an earlier attempt, or a rank that outlived it, was here first
                 if not final.exists():
                     raise
@@ -228,14 +208,7 @@ class WorkFolder:
     def note(self, plan: Plan, **record: SegmentRecord | ShardRecord) -> None:
         """Appends a line to this process's journal: `segment=` or `shard=`. A shard's line is made durable."""
         line = f"{encode({'plan': plan.digest, **record})}\n".encode()
-        with self._journal_lock, io_errors(self._done):
-            if self._journal is None:
-                name = self._done / f"{os.getpid()}-{secrets.token_hex(4)}.jsonl"
-                self._journal = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            if os.write(self._journal, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if "shard" in record:
-                os.fsync(self._journal)
+        self._journal.append(line, durable="shard" in record)
 
     # -- people
 
@@ -245,34 +218,50 @@ class WorkFolder:
         with contextlib.suppress(OSError):
             if not self._is_ours or not (self.path / _MANIFEST).exists():
                 return
-            temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
+            temporary.write_text(redacted_json(status) + "\n", encoding="utf-8")
             temporary.replace(self.path / "status.json")
 
     def event(self, name: str, **fields: Any) -> None:
         """Appends a line to events.jsonl. Never a reason to fail."""
-        with contextlib.suppress(OSError), (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "event": name, **fields}) + "\n")
+        with contextlib.suppress(OSError):
+            if not (self.path / _MANIFEST).exists():
+                return
+            with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.write(redacted_json({"time": round(time.time(), 3), "event": name, **fields}) + "\n")
 
     # -- closing
 
     def release(self) -> None:
         """Closes the journal and lets others have the folder."""
-        for fd in (self._journal, self._lock):
-            if fd is not None:
-                os.close(fd)
-        self._journal = self._lock = None
+        self._journal.close()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            with contextlib.suppress(OSError):  # nothing was written to it
+                os.close(lock)
 
     def clear_after(self, plan: Plan) -> None:
         """Removes what a run that died after publishing `plan` has left behind."""
         earlier = read_manifest(self.path / _MANIFEST)
-        if earlier is not None and earlier.digest == plan.digest:
+        names = set(os.listdir(self.path)) if self.path.is_dir() else set()
+        # Without a manifest, what only people read is nobody's.
+        if names <= {"status.json", "events.jsonl"} if earlier is None else earlier.digest == plan.digest:
             self.discard()
 
     def discard(self) -> None:
-        """Removes the folder with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)  # under the lock: nobody can have made it anew
+        """Removes the folder with all that is in it; last of all the manifest, which says whose it is."""
+        self._journal.close()  # NFS keeps the name of an open file
+        with contextlib.suppress(OSError):  # under the lock: nobody can have made it anew
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                for name in sorted(os.listdir(fd), key=lambda name: name == _MANIFEST):
+                    if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                        shutil.rmtree(name, dir_fd=fd)
+                    else:
+                        os.unlink(name, dir_fd=fd)
+            finally:
+                os.close(fd)
         self.release()
-        with contextlib.suppress(OSError):  # NFS keeps the name of an open file until now
+        with contextlib.suppress(OSError):
             self.path.rmdir()
 
     # -- inner steps
@@ -317,7 +306,7 @@ class WorkFolder:
         if earlier is None:
             what = "whose manifest is damaged, or of another version of distmerge"
         else:
-            changed = _changes(earlier.fingerprint, plan.fingerprint) or "side files of the inputs"
+            changed = _changes(earlier.fingerprint, plan.fingerprint) or "the layout, or side files of the inputs"
             what = f"of other inputs or options; changed: {changed}"
         raise InputError(
             f"holds an unfinished merge {what}",
@@ -326,31 +315,27 @@ class WorkFolder:
         )
 
     def _check_room(self, plan: Plan) -> None:
-        there = sum(path.stat().st_blocks * 512 for path in self.model.glob("*")) if self.model.exists() else 0
-        needed = room_needed(plan) - there
-        if (free := free_nbytes(self.output.parent)) < needed:
-            raise MachineError(
-                f"the output needs {needed:,} bytes more, {free:,} are free",
-                where=str(self.output.parent),
-                hint="free some room or choose another --output",
-            )
+        check_room(plan, self.output, self.model)
 
     def _prepare(self, plan: Plan, number: int) -> None:
         """The weight file with its header and its full length, its data as far as earlier runs wrote it."""
-        file = plan.files[number]
+        file, header = plan.files[number], plan.header_of(number)
         part, final = self.model / f"{file.name}.part", self.model / file.name
         with io_errors(part):
-            if final.exists() and final.stat().st_size != file.nbytes:  # not what was made durable: it is unfinished
-                final.rename(part)
-            if not final.exists() and not part.exists():
+            if final.exists():
+                if begins_with(final, header) and final.stat().st_size == file.nbytes:
+                    return
+                final.rename(part)  # not what was made durable: it is unfinished
+            if not part.exists():
                 os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
             fd = self._open_either(file.name, os.O_RDWR)
         try:
             if os.fstat(fd).st_size != file.nbytes:
-                allocate(fd, file.nbytes, part)
-            write_exact(fd, memoryview(plan.header_of(number)), 0, part)
+                # What is to share blocks of an input must have none of its own: btrfs would keep them.
+                allocate(fd, file.nbytes, part, spans_to_reserve(plan, number) if can_share(fd) else None)
+            write_exact(fd, memoryview(header), 0, part)
         finally:
-            os.close(fd)
+            close(fd, part)
 
     def _open_either(self, name: str, flags: int) -> int:
         """Opens the unfinished file, or the finished one; another rank may be renaming the one to the other."""
@@ -372,20 +357,6 @@ def _check_foreign(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()} - ours
     if any(not (name.startswith(".") and name.endswith(".tmp")) for name in names):  # a kill leaves unfinished ones
         raise InputError("holds files that are not of distmerge", where=str(path), hint="move it away")
-
-
-def _agrees(plan: Plan, shard: ShardRecord, segments: dict[int, SegmentRecord]) -> bool:
-    """True if the record of a whole file is of one that the plan has, and of the bytes that its segments have."""
-    if not 0 <= shard.file < len(plan.files) or shard.nbytes != plan.files[shard.file].nbytes:
-        return False
-    numbers = plan.segments_of(shard.file) if plan.reads_back else []
-    known = (segments[number].crc32 if number in segments else None for number in numbers)
-    return (*known,) == shard.segment_crc32s
-
-
-def room_needed(plan: Plan) -> int:
-    """Bytes that the output takes on disk."""
-    return plan.nbytes_to_write + sum(file.nbytes for file in plan.side_files) + (1 << 20) + 2000 * len(plan.tasks)
 
 
 def _changes(before: dict[str, str], now: dict[str, str]) -> str:

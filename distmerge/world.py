@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed import DistError
 
 from distmerge.errors import DistmergeError, Interrupted, MachineError, PeerFailed, UsageError
-from distmerge.launcher import RUN_PREFIX, Ended, end, fork_ranks, noting, rank_variables, start_ranks, watch
+from distmerge.launcher import RUN_PREFIX, Ended, end, fork_ranks, listen, noting, rank_variables, start_ranks, watch
 from distmerge.parent import die_with_parent, launched
 
 _VALUE_NBYTES = 4 << 20  # the store drops a client that sends more than 8 MiB at once
@@ -100,9 +100,16 @@ class World:
         die_with_parent()
         # torchrun's agent hosts the store; other launchers leave that to rank 0.
         host_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+        listener = listen(address, port, alone=size == local_size) if host_store else None
         try:
             store = TCPStore(
-                address, port, size, is_master=host_store, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+                address,
+                port,
+                size,
+                is_master=host_store,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=timeout),
+                master_listen_fd=None if listener is None else listener.detach(),
             )
         except (DistError, RuntimeError) as error:
             raise MachineError(

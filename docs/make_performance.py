@@ -6,13 +6,15 @@ What stands between `<!-- NAME -->` and `<!-- end -->` belongs to this program, 
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, this file would not see the benchmarks
 
-from benchmarks.tables import Log, contestants, median, ratio_table, read_log, sections, size_line, values
+from benchmarks.tables import Log, contestants, machine_of, median, ratio_table, read_log, sections, size_line, values
 
 PAGES = tuple(Path(__file__).with_name(name) for name in ("performance.md", "log.md"))
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -32,19 +34,53 @@ def filled(text: str, results: Path = RESULTS) -> str:
     return _MARKED.sub(lambda match: f"{match[1]}\n{_table(match[2], results)}\n\n{match[4]}", text)
 
 
+def state(results: Path = RESULTS) -> dict[str, list[str]]:
+    """What is to be measured for the pages, by the name of the log: tables without figures, and those whose figures are
+    of an older distmerge than this."""
+    found: dict[str, list[str]] = {}
+    for name, (log_name, wanted, _) in TABLES.items():
+        path = results / f"{log_name}.jsonl"
+        log = read_log(path) if path.exists() else []
+        told = [_age(machine_of(log, section)) for section in _found(log, wanted)] or ["not measured"]
+        if due := [text for text in dict.fromkeys(told) if text]:
+            found.setdefault(log_name, []).append(f"{name}: {'; '.join(due)}")
+    return found
+
+
+def _age(machine: dict[str, Any]) -> str:
+    """How much older than the working tree what was measured is; empty if it is the same code."""
+    commit = machine["commit"].removesuffix("-dirty")
+    words = ["git", "rev-list", "--count", f"{commit}..HEAD", "--", "distmerge", "benchmarks/models.py"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=RESULTS.parents[1], check=False)  # noqa: S603
+    when = f"{machine['date']}, {machine['commit']}"
+    if done.returncode:
+        return f"of code that is not in this history ({when})"
+    count = int(done.stdout)
+    if count:
+        return f"{count} commit{'s' * (count != 1)} older ({when})"
+    return "of code that was not committed" if commit != machine["commit"] else ""
+
+
+def _found(log: Log, wanted: tuple[str, ...]) -> list[str]:
+    """The sections of a log that make a table: those that are wanted, or all of them; none if one is missing."""
+    there = sections(log)
+    return [] if set(wanted) - set(there) else list(wanted) or there
+
+
 def _table(name: str, results: Path) -> str:
-    log_name, make = TABLES[name]
+    log_name, wanted, make = TABLES[name]
     path = results / f"{log_name}.jsonl"
-    if not path.exists():
+    log = read_log(path) if path.exists() else []
+    found = _found(log, wanted)
+    if not found:
         return f"Not measured yet: `make bench-{log_name}`."
-    log = read_log(path)
     figure = FIGURES / f"performance-{log_name}.png" if name in _DRAWN else None
     drawn = [f"![{_DRAWN[name]}](figures/{figure.name})"] if figure is not None and figure.exists() else []
-    return "\n\n".join([make(log), *drawn, _machine(log)])
+    machines = dict.fromkeys(_machine(machine_of(log, section)) for section in found)
+    return "\n\n".join([make(log), *drawn, *machines])
 
 
-def _machine(log: Log) -> str:
-    told = log[0]
+def _machine(told: dict[str, Any]) -> str:
     options = told["options"]
     rounds = f"{options['rounds']} round{'s' * (options['rounds'] != 1)}"
     return (
@@ -150,25 +186,40 @@ def _ways(section: str, measure: str) -> Callable[[Log], str]:
     return lambda log: ratio_table(log, section, {measure: measure}, to=contestants(log, section)[0])
 
 
-TABLES: dict[str, tuple[str, Callable[[Log], str]]] = {
-    "copies-digest": ("cp", _copies("digest")),
-    "profiles": ("cp", _profiles),
-    "copies-whole": ("cp6", _copies("digest")),
-    "copies-cold": ("cp", _copies("cold")),
-    "copies-r": ("cp", _copies("r")),
-    "copies-dtype": ("cp", _dtypes),
-    "peers": ("peers", _peers("peers")),
-    "nf4": ("nf4", _nf4),
-    "ranks": ("ranks", _ranks),
-    "sizes": ("size", _sizes),
-    "memory": ("memory", _memory),
-    "products": ("matmul", _products),
-    "steps": ("steps", _steps),
-    "slices": ("steps", _ways("write", "wall")),
-    "mapped": ("steps", _ways("read", "wall")),
-    "whole": ("steps", _ways("product", "wall")),
+# By its name on the page: the log, the sections of it that must be there (all that are, if none is named), the table.
+TABLES: dict[str, tuple[str, tuple[str, ...], Callable[[Log], str]]] = {
+    "copies-digest": ("cp", ("digest",), _copies("digest")),
+    "profiles": ("cp", ("digest",), _profiles),
+    "copies-whole": ("cp6", ("digest",), _copies("digest")),
+    "copies-cold": ("cp", ("cold",), _copies("cold")),
+    "copies-r": ("cp", ("r",), _copies("r")),
+    "copies-dtype": ("cp", ("float16", "float32"), _dtypes),
+    "peers": ("peers", ("peers",), _peers("peers")),
+    "nf4": ("nf4", ("nf4",), _nf4),
+    "ranks": ("ranks", (), _ranks),
+    "sizes": ("size", ("size",), _sizes),
+    "memory": ("memory", ("many tensors", "one tensor"), _memory),
+    "products": ("matmul", (), _products),
+    "steps": ("steps", ("steps",), _steps),
+    "slices": ("steps", ("write",), _ways("write", "wall")),
+    "mapped": ("steps", ("read",), _ways("read", "wall")),
+    "whole": ("steps", ("product",), _ways("product", "wall")),
 }
 
+
+def main(words: list[str]) -> None:
+    """Fills the pages; with `--state` says what is to be measured for them, with `--due` only by which logs."""
+    due = state()
+    if words == ["--due"]:
+        print(*due)
+        return
+    if words != ["--state"]:
+        for page in PAGES:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for log, lines in due.items():
+        print(f"make bench-{log}", *lines, sep="\n    ")
+    print("make bench-due measures all of these" if due else "every figure is of this code")
+
+
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    main(sys.argv[1:])

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: torch's threads would only wait for each other's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 

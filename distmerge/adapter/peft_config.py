@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from distmerge.adapter.patterns import ModuleNames, PatternTable, check_pattern, layer_pattern, module_pattern
+from distmerge.adapter.patterns import ModuleNames, PatternTable, check_pattern, layer_pattern, matched, module_pattern
 from distmerge.adapter.tuners.fields import FIELDS
 from distmerge.adapter.tuners.registry import TUNERS, UNMERGEABLE
 from distmerge.errors import InputError, listing, printable, shown
@@ -102,8 +102,9 @@ class PeftConfig:
         if isinstance(self.target_modules, str) or self._targets.lists(module) or not self.layers_to_transform:
             return True
         patterns = [layer_pattern(pattern) for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
-        found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
-        return found is not None and int(found["layer"]) in self.layers_to_transform
+        every = (matched("match", pattern, module) for pattern in patterns)
+        found = next((groups for groups in every if groups is not None), None)
+        return found is not None and int(found["layer"] or -1) in self.layers_to_transform
 
 
 def read_config(

@@ -106,7 +106,8 @@ class Probed:
 class Audit:
     """What was checked and found right; `recomputed` and `probed` only where base and adapters were given, and the
     depth asks for it. `digests` counts the files by what the receipt has of them: `sha256`, `crc32`, `xxh3`, or `none`,
-    whose contents were not hashed."""
+    whose contents were not hashed. `num_inputs` files of base and adapters are those that the receipt has digests
+    of."""
 
     depth: Depth
     num_files: int
@@ -117,3 +118,4 @@ class Audit:
     recomputed: Recomputed | None
     probed: Probed | None
     num_norms: int
+    num_inputs: int = 0

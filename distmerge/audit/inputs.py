@@ -9,8 +9,11 @@ from distmerge.checkpoint.base import RECEIPT
 from distmerge.checkpoint.header import TensorSpec
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.errors import InputError, listing
+from distmerge.input_files import input_files
 from distmerge.plan import Plan
+from distmerge.progress import Counter
 from distmerge.receipt import Receipt, ledger_key
+from distmerge.storage.files import sha256_of
 
 
 def config_of(
@@ -44,6 +47,7 @@ def config_of(
         allow_pickle=options.allow_pickle,
         allow_zero_delta=options.allow_zero_delta,
         digest=options.digest,
+        hash_inputs=options.hash_inputs,
     )
 
 
@@ -57,6 +61,27 @@ def check_same_inputs(plan: Plan, receipt: Receipt) -> None:
             where="--adapter",
             hint="give every adapter of the merge, in its order, with its --weight",
         )
+
+
+def check_files_of_inputs(plan: Plan, config: MergeConfig, receipt: Receipt, counter: Counter) -> None:
+    """Raises InputError where a file of base or adapters is not, byte for byte, the one that the receipt has a digest
+    of, naming it."""
+    found = input_files(plan, config)
+    if others := sorted(found.keys() ^ receipt.inputs.keys()):
+        raise InputError(
+            f"the files of base and adapters are not those of the receipt: {listing(others)}",
+            where="--base, --adapter",
+            hint="give the very folders that were merged",
+        )
+    for name, path in found.items():
+        counter.doing = name
+        digest, expected = sha256_of(path, lambda piece: counter.add(len(piece))), receipt.inputs[name].sha256
+        if digest != expected:
+            raise InputError(
+                f"is not the file that was merged: sha256 is {digest}, the receipt says {expected}",
+                where=str(path),
+                hint="it changed after the merge, or was damaged before; download it again",
+            )
 
 
 def check_layout(plan: Plan, receipt: Receipt, output: Path, tensors: dict[str, TensorSpec]) -> list[Finding]:

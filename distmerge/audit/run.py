@@ -13,7 +13,7 @@ from distmerge.audit.compare import Checked, Comparison
 from distmerge.audit.diagnosis import diagnose
 from distmerge.audit.files import Contents, check_files, read_contents
 from distmerge.audit.findings import Audit, AuditError, Finding, Probed, Recomputed, Request
-from distmerge.audit.inputs import check_layout, check_same_inputs, config_of
+from distmerge.audit.inputs import check_files_of_inputs, check_layout, check_same_inputs, config_of
 from distmerge.audit.norms import check_norms
 from distmerge.audit.pairs import Pairs
 from distmerge.audit.probe import Probe, Probing
@@ -85,6 +85,7 @@ def audit(output: Path, *, inputs: Inputs | None, request: Request, display: Dis
         recomputed=recomputed,
         probed=probed,
         num_norms=2 * len(receipt.ledger) if request.depth == "full" else 0,
+        num_inputs=len(receipt.inputs) if inputs is not None else 0,
     )
 
 
@@ -101,6 +102,9 @@ def _values(
     config = config_of(receipt, output, inputs.base, inputs.adapters, device=device.type)
     plan = make_plan(config, device.type)
     check_same_inputs(plan, receipt)
+    if receipt.inputs:
+        with display.counting("hashing", sum(max(entry.bytes, 0) for entry in receipt.inputs.values())) as counter:
+            check_files_of_inputs(plan, config, receipt, counter)
     _stop_at(output, check_layout(plan, receipt, output, contents.tensors))
     activations = read_activations(inputs.activations, plan) if inputs.activations else Activations(path=None, specs={})
     with Pairs(plan, config, contents.tensors, device) as pairs:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.checkpoint.formats import group
-from distmerge.checkpoint.header import TensorSpec, read_header
+from distmerge.checkpoint.header import TensorSpec, check_names, read_header
 from distmerge.checkpoint.packing import Stored
 from distmerge.checkpoint.quantization import Quantization, read_quantization
-from distmerge.errors import InputError, MachineError, listing, printable
+from distmerge.errors import InputError, MachineError, listing, printable, shown
 from distmerge.storage.files import read_range
 from distmerge.storage.strict_json import read_object
 
@@ -55,8 +55,8 @@ class Base:
 def read_base(folder: Path) -> Base:
     """The checkpoint in `folder`, from headers and small files. Raises InputError for what cannot be merged."""
     if not folder.is_dir():
-        raise InputError("no such folder", where=str(folder), hint="--base takes the folder of a checkpoint")
-    shards, weight_map = _find_shards(folder)
+        raise InputError("no such folder", where=str(folder), hint=_no_folder(folder))
+    shards, index = _find_shards(folder)
     warnings: list[str] = []
     marks: list[FileMark] = []
     specs: dict[str, TensorSpec] = {}
@@ -70,11 +70,18 @@ def read_base(folder: Path) -> Base:
             if spec.name in specs:
                 raise InputError(f"in two files: {specs[spec.name].file} and {shard}", where=printable(spec.name))
             specs[spec.name] = spec
-    if weight_map is not None:
-        warnings += _check_index(folder, weight_map, specs)
+        if header.unknown:
+            warnings.append(
+                f"{shard} describes tensors by fields that the format does not have: {listing([*header.unknown])}"
+            )
+    check_names(specs, str(folder))
+    if index is not None:
+        warnings += _check_index(folder, index, specs)
     if not specs:
         raise InputError("holds no tensors", where=str(folder))
     config = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    if not config:
+        warnings.append("config.json is missing or empty: nothing but the tensors tells what model this is")
     quantization = read_quantization(folder, config)
     tensors = group(specs, lambda spec: read_range(folder / spec.file, spec.begin, spec.nbytes), quantization, config)
     return Base(
@@ -113,7 +120,8 @@ def folder_name(folder: Path) -> str:
     return printable(folder.name)
 
 
-def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+def _find_shards(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
+    """The base's weight files, and its index if that names them."""
     single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
     weight_map = read_object(folder / INDEX).get("weight_map") if single and index else None
     only_single = isinstance(weight_map, dict) and all(file == SINGLE for file in weight_map.values())
@@ -126,8 +134,8 @@ def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if single:
         return [SINGLE], None
     if index:
-        weight_map = read_object(folder / INDEX).get("weight_map")
-        return shards_of_index(folder, weight_map, str(folder / INDEX)), weight_map
+        values = read_object(folder / INDEX)
+        return shards_of_index(folder, values.get("weight_map"), str(folder / INDEX)), values
     found = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf", ".pt"))
     hint = "save the model as safetensors first (save_pretrained)" if found else "is this the folder of a checkpoint?"
     raise InputError(
@@ -171,15 +179,40 @@ def is_plain_name(name: str) -> bool:
     )
 
 
-def _check_index(folder: Path, weight_map: dict[str, str], specs: dict[str, TensorSpec]) -> list[str]:
-    where = str(folder / INDEX)
+def _no_folder(folder: Path) -> str:
+    """What to do where there is no such folder, which may be the name of a repository."""
+    name = str(folder)
+    if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name, re.ASCII) and not name.startswith("."):
+        return f"is it a repository? `hf download {name} --local-dir {folder.name}`, then --base {folder.name}"
+    return "--base takes the folder of a checkpoint"
+
+
+def _stale(folder: Path, shards: set[str]) -> list[str]:
+    """Shards in the folder that its index does not name: those of another download or an earlier save."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if re.fullmatch(r"model-\d+-of-\d+\.safetensors", path.name) and path.name not in shards
+    )
+
+
+def _check_index(folder: Path, index: dict[str, Any], specs: dict[str, TensorSpec]) -> list[str]:
+    where, weight_map = str(folder / INDEX), index["weight_map"]
     if lost := [name for name, shard in weight_map.items() if name not in specs or specs[name].file != shard]:
         raise InputError(
             f"{len(lost)} tensors are not in the shard that the index names: {listing(lost)}",
             where=where,
             hint="index and shards are of different checkpoints; download the base again",
         )
-    orphans = [name for name in specs if name not in weight_map]
-    return [f"{len(orphans)} tensors are in the shards but not in the index, and are kept: {listing(orphans)}"] * bool(
-        orphans
-    )
+    warnings = []
+    if orphans := [name for name in specs if name not in weight_map]:
+        warnings.append(
+            f"{len(orphans)} tensors are in the shards but not in the index, and are kept: {listing(orphans)}"
+        )
+    if stale := _stale(folder, set(weight_map.values())):
+        warnings.append(f"{len(stale)} shards are not in the index, and are left out: {listing(stale)}")
+    metadata, nbytes = index.get("metadata"), sum(spec.nbytes for spec in specs.values())
+    told = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not orphans and told not in (None, nbytes):
+        warnings.append(f"the index says {shown(told)} bytes of tensors, the shards hold {nbytes}")
+    return warnings

@@ -74,7 +74,7 @@ def _packing(weight: str, kind: str, spec: TensorSpec, specs: dict[str, TensorSp
     if type(blocksize) is not int or not 1 <= blocksize <= 1 << 20:
         raise InputError(f"blocksize {shown(blocksize)} is not a block size", where=weight)
     if not isinstance(shape, list) or not shape or not all(type(dim) is int and 0 < dim < 1 << 40 for dim in shape):
-        raise InputError(f"shape {str(shape)[:80]} in the quantization state is not a shape", where=weight)
+        raise InputError(f"shape {shown(shape)} in the quantization state is not a shape", where=weight)
     if not isinstance(state.get("dtype"), str) or state["dtype"] not in _DTYPES:
         raise InputError(f"dtype {shown(state.get('dtype'))} in the quantization state is not supported", where=weight)
     if state.get("quant_type") != kind:

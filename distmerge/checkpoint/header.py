@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distmerge.errors import InputError, printable
+from distmerge.errors import InputError, printable, shown
 from distmerge.storage.files import open_input, read_exact
 from distmerge.storage.strict_json import parse_object
 
@@ -26,8 +28,10 @@ ITEMSIZE = {
 FLOATS = ("BF16", "F16", "F32")
 
 MAX_HEADER_NBYTES = 100_000_000  # the library's own limit
+MAX_WIDE_NBYTES = 32_000_000  # of a header with characters that make text four times as large in memory
 MAX_DIMS = 16
 MAX_NAME_LENGTH = 512
+MAX_TENSORS = 500_000
 METADATA = {"format": "pt"}
 _ENTRY = frozenset(("dtype", "shape", "data_offsets"))
 _MAX_COUNT = 1 << 63
@@ -51,11 +55,13 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """The header of one file: its tensors in the order of their bytes, and the digest of the header itself."""
+    """The header of one file: its tensors in the order of their bytes, its bytes, and `unknown` fields of tensors,
+    which the format does not have."""
 
     tensors: tuple[TensorSpec, ...]
     metadata: dict[str, str]
     raw: bytes
+    unknown: tuple[str, ...]
 
 
 def read_header(path: Path, file: str | None = None) -> Header:
@@ -89,22 +95,50 @@ def parse_header(raw: bytes, data_nbytes: int, *, where: str, file: str) -> Head
     """The tensors that the header `raw` lists over `data_nbytes` bytes of data. Raises InputError."""
     if not raw.startswith(b"{"):
         raise InputError("the header must begin with '{'", where=where)
+    if len(raw) > MAX_WIDE_NBYTES and (b"\\u" in raw or not raw.isascii()):
+        raise InputError(f"the header has {len(raw)} bytes, and characters that are not ASCII", where=where)
     entries = parse_object(raw, where)
+    if len(entries) > MAX_TENSORS:
+        raise InputError(f"lists {len(entries)} tensors, at most {MAX_TENSORS} are read", where=where)
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError("__metadata__ must map strings to strings", where=where)
     start = 8 + len(raw)
     tensors = [_parse_tensor(name, entry, start, where=where, file=file) for name, entry in entries.items()]
+    unknown = sorted({field for entry in entries.values() for field in entry.keys() - _ENTRY})
+    if (unknown or b"\\u" in raw) and not _is_strict([metadata, entries if unknown else {}]):
+        raise InputError("the header has half a character, or a number that is none", where=where)
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.nbytes, tensor.name))
     _check_cover(tensors, start, data_nbytes, where)
-    return Header(tensors=tuple(tensors), metadata=metadata, raw=raw)
+    check_names((tensor.name for tensor in tensors), where)
+    return Header(
+        tensors=tuple(tensors),
+        metadata=metadata,
+        raw=raw,
+        unknown=tuple(unknown),
+    )
 
 
-def build_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raises InputError if two of `names`, all different, are the same text: in one the accents are characters of
+    their own (Unicode NFC)."""
+    forms: dict[str, str] = {}
+    for name in names:
+        if not name.isascii() and (other := forms.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+            raise InputError(
+                f"the names {printable(other)!a} and {printable(name)!a} look alike: they differ only in "
+                "their Unicode form",
+                where=where,
+                hint="rename one of the tensors, or remove it",
+            )
+
+
+def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], data_begin: int | None = None) -> bytes:
     """The bytes before the data of a file that holds `tensors` (name, dtype, shape) one after another.
 
-    The JSON is padded with spaces so that the data begins at a multiple of 8 bytes, as the library does.
+    The JSON is padded with spaces so that the data begins at byte `data_begin`, or at the next multiple of 8 bytes, as
+    the library does. Raises ValueError if the JSON is longer than that.
     """
     entries: dict[str, Any] = {"__metadata__": METADATA}
     offset = 0
@@ -113,8 +147,10 @@ def build_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
+    nbytes = -(-len(raw) // 8) * 8 if data_begin is None else data_begin - 8
+    if nbytes < len(raw):
+        raise ValueError(f"a header of {len(raw)} bytes does not fit {nbytes}")
+    return nbytes.to_bytes(8, "little") + raw.ljust(nbytes)
 
 
 def _recognise_strangers(prefix: bytes, path: Path) -> None:
@@ -136,6 +172,15 @@ def _parse_tensor(name: str, entry: Any, start: int, *, where: str, file: str) -
     )
 
 
+def _is_strict(value: Any) -> bool:
+    """True if every reader of JSON takes `value`: no lone surrogates, no NaN."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:  # UnicodeEncodeError is one
+        return False
+    return True
+
+
 def _is_name(name: str) -> bool:
     return 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()
 
@@ -146,11 +191,11 @@ def _fault(entry: Any) -> str:
         return "needs dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        return f"dtype {printable(str(dtype), 80)!r} is not known"
+        return f"dtype {shown(dtype)} is not known"
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not _are_counts(shape):
-        return f"shape {str(shape)[:80]} is not a list of at most {MAX_DIMS} sizes"
+        return f"shape {shown(shape)} is not a list of at most {MAX_DIMS} sizes"
     if not isinstance(offsets, list) or len(offsets) != 2 or not _are_counts(offsets):
-        return f"data_offsets {str(offsets)[:80]} are not two sizes"
+        return f"data_offsets {shown(offsets)} are not two sizes"
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if offsets[1] - offsets[0] != nbytes:
         return f"shape {shape} of {dtype} needs {nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}"

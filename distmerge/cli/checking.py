@@ -103,6 +103,8 @@ def render_audit(found: Audit) -> str:
     ]
     if found.digests.get("none") and not found.recomputed:
         lines.append("not looked at: the values of the weights, which have no digest (the merge had --digest none)")
+    if found.num_inputs:
+        lines.append(f"compared {found.num_inputs} files of base and adapters by sha256: all as they were merged")
     if found.probed:
         lines.append(_render_probed(found.probed))
     if found.recomputed and (found.recomputed.num_tensors or not found.probed):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
+from types import TracebackType
 
 import click
 
@@ -15,6 +17,7 @@ from distmerge.cli.merging import demo_command, inspect_command, merge_command, 
 from distmerge.cli.reporting import report_command
 from distmerge.errors import DistmergeError, PeerFailed
 from distmerge.parent import die_with_parent, launched
+from distmerge.redaction import redacted
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -45,9 +48,15 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
+def _show_bug(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    """Prints a traceback, without the secrets that it may quote."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, at))))
+
+
 def main() -> None:
     """Runs the command line and exits with the code of what happened."""
     _open_streams()
+    sys.excepthook = _show_bug
     process = os.getpid()
     if launched():
         die_with_parent()  # before the seconds that importing torch takes

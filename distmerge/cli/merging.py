@@ -55,8 +55,8 @@ def plan_command(as_json: bool, **values: Any) -> None:
     load("distmerge.publish")
     import distmerge
     from distmerge.report.table import plan_facts, plan_table
+    from distmerge.room import room_needed
     from distmerge.share import wanted_lanes
-    from distmerge.work import room_needed
     from distmerge.world import default_nproc
 
     plan = distmerge.plan(config)

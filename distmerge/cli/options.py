@@ -216,6 +216,14 @@ def _output_options() -> list[Callable[[Any], Any]]:
             help="What is computed of each weight file: sha256 or xxh3 of what is read back from it, crc32 of what was "
             "written to it; with none, nothing, and an interrupted merge keeps only files that were whole.",
         ),
+        _option(
+            "--hash-inputs",
+            is_flag=True,
+            help="Record the SHA-256 of every file of base and adapters; refuse one that the Hub has another of.",
+        ),
+        _option(
+            "--read-back", is_flag=True, help="Compare what storage, not the page cache, gives back of weight files."
+        ),
     ]
 
 

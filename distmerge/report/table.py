@@ -12,7 +12,9 @@ from distmerge.checkpoint.packing import Simulated
 from distmerge.config import MergeConfig
 from distmerge.plan import Plan, count_lanes
 from distmerge.progress import gigabytes
-from distmerge.storage.files import free_nbytes
+from distmerge.room import files_needed
+from distmerge.storage.files import free_files, free_nbytes
+from distmerge.storage.memory import memory_left
 
 _DIGESTS = {
     "sha256": "SHA-256 of every weight file, read back while it is written",
@@ -32,7 +34,9 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         kind["bytes_written"] += task.nbytes
     packings = [task.source.packing for task in plan.tasks]
     formats = Counter(packing.kind for packing in packings if packing and not isinstance(packing, Simulated))
-    lanes = count_lanes(plan, config.memory_budget, wanted=wanted_lanes)
+    left = memory_left(nproc)
+    budget = min(config.memory_budget, max(left.left, plan.least_nbytes))
+    lanes = count_lanes(plan, budget, wanted=wanted_lanes)
     buffers = lanes * (plan.lane_nbytes + plan.held_nbytes) + plan.loading_nbytes
     reading = plan.followed_nbytes
     device = plan.fingerprint["device"]
@@ -47,6 +51,7 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         "device_memory_per_rank": 0 if device == "cpu" else buffers,
         "combine": str(plan.combine),
         "digest": plan.file_digest,
+        "hash_inputs": plan.hash_inputs,
         "kinds": kinds,
         "packed_tensors": sum(formats.values()),
         "packed_formats": dict(formats),
@@ -58,8 +63,13 @@ def plan_facts(plan: Plan, config: MergeConfig, *, wanted_lanes: int, room_nbyte
         "side_files": [file.name for file in plan.side_files],
         "overlaid_files": [file.name for file in plan.side_files if file.source],
         "config_changed": plan.config_json is not None,
+        "memory_needed": plan.least_nbytes,
+        "memory_left": left.left,
+        "memory_limit": left.name,
         "room_needed": room_nbytes,
         "room_free": free_nbytes(config.output.parent),
+        "files_needed": files_needed(plan),
+        "files_free": free_files(config.output.parent),
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
     }
@@ -99,7 +109,8 @@ def plan_table(facts: dict[str, Any]) -> str:
         rows.append(("overlaid", f"from the adapter: {', '.join(facts['overlaid_files'])}"))
     if facts["config_changed"]:
         rows.append(("config", "config.json is made true to the weights"))
-    rows.append(("digest", _DIGESTS[facts["digest"]]))
+    also = "; SHA-256 of every file of base and adapters" * facts["hash_inputs"]
+    rows.append(("digest", _DIGESTS[facts["digest"]] + also))
     rows.append(("device", f"{facts['device']}, {facts['ranks']} ranks, {facts['lanes_per_rank']} lanes each"))
     memory = f"{gigabytes(facts['memory_per_rank'])} of buffers for each rank, beside what torch takes"
     if facts["device_memory_per_rank"]:
@@ -109,9 +120,21 @@ def plan_table(facts: dict[str, Any]) -> str:
     lines = [f"{label:<9}{text}" for label, text in rows]
     lines += [f"{'note':<9}{note}" for note in facts["notes"]]
     lines += [f"{'warning':<9}{warning}" for warning in facts["warnings"]]
-    if facts["room_free"] < facts["room_needed"]:
-        lines.append(f"{'warning':<9}the output does not fit in {os.path.dirname(facts['output']) or '.'}")
+    lines += [f"{'warning':<9}{shortage}" for shortage in _shortages(facts)]
     return "\n".join(lines)
+
+
+def _shortages(facts: dict[str, Any]) -> list[str]:
+    """What the machine has too little of."""
+    found = []
+    if facts["room_free"] < facts["room_needed"]:
+        found.append(f"the output does not fit in {os.path.dirname(facts['output']) or '.'}")
+    if (free := facts["files_free"]) is not None and free < facts["files_needed"]:
+        found.append(f"the output needs {facts['files_needed']} files, there is room for {free} (inodes)")
+    if facts["memory_left"] < facts["memory_needed"]:
+        needed, left = gigabytes(facts["memory_needed"]), gigabytes(facts["memory_left"])
+        found.append(f"a rank needs {needed} of memory here, {facts['memory_limit']} leaves {left}")
+    return found
 
 
 def _form(form: PackedForm) -> str:

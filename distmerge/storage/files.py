@@ -9,7 +9,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from distmerge.errors import InputError, MachineError, printable
@@ -23,9 +23,13 @@ _ADVICE = {
     errno.EDQUOT: "the quota is used up; free some room, then run the same command again: it resumes",
     errno.EFBIG: "a file size limit is in force (ulimit -f)",
     errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine (sysctl fs.file-max)",
     errno.EROFS: "the file system is mounted read-only",
+    errno.EIO: "the disk or its server fails: look at the system's log; the same command resumes",
+    errno.ESTALE: "the file server has forgotten the file; the same command resumes",
     errno.EACCES: "check the permissions",
 }
+_MACHINES_FAULT = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOMEM)
 
 
 @contextlib.contextmanager
@@ -34,9 +38,14 @@ def io_errors(where: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        code = error.errno or 0
-        text = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
-        raise MachineError(text, where=str(where), hint=_ADVICE.get(code, "")) from error
+        raise machine_error(error, where) from error
+
+
+def machine_error(error: OSError, where: str | Path) -> MachineError:
+    """What went wrong at `where`, in words, with what helps."""
+    code = error.errno or 0
+    text = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
+    return MachineError(text, where=str(where), hint=_ADVICE.get(code, ""))
 
 
 @contextlib.contextmanager
@@ -50,10 +59,13 @@ def lookup_errors(where: str | Path) -> Iterator[None]:
 
 
 def open_input(path: Path) -> int:
-    """A read-only descriptor of a regular file, symlinks followed. Raises InputError for anything else."""
+    """A read-only descriptor of a regular file, symlinks followed. Raises InputError for anything else, MachineError
+    where it is the machine that cannot open files."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
     except OSError as error:
+        if error.errno in _MACHINES_FAULT:
+            raise machine_error(error, path) from error
         raise InputError(f"cannot be opened ({error.strerror})", where=str(path)) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -70,6 +82,30 @@ def read_exact(fd: int, view: memoryview, offset: int, where: str | Path) -> Non
         if count == 0:
             raise MachineError(f"ended at byte {offset + done}, {len(view) - done} bytes early", where=str(where))
         done += count
+
+
+def begins_with(path: Path, data: bytes) -> bool:
+    """True if the file at `path`, which is not followed if it is a link, begins with these bytes."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if os.fstat(fd).st_size < len(data):
+            return False
+        found = bytearray(len(data))
+        read_exact(fd, memoryview(found), 0, path)
+        return found == data
+    finally:
+        os.close(fd)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames a file or folder. One that is said to have failed and has happened is done: network file systems may tell
+    so (rename(2), BUGS). Raises OSError."""
+    before = os.lstat(source)
+    try:
+        os.rename(source, target)
+    except OSError:
+        if os.path.lexists(source) or not os.path.lexists(target) or not os.path.samestat(os.lstat(target), before):
+            raise
 
 
 def write_exact(fd: int, view: memoryview, offset: int, where: str | Path) -> None:
@@ -108,11 +144,6 @@ def drop_cache(fd: int, offset: int, nbytes: int) -> None:
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def memory_nbytes() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def read_range(path: Path, offset: int, nbytes: int) -> bytes:
     """`nbytes` bytes of the input file at `path` from `offset`."""
     fd = open_input(path)
@@ -121,7 +152,7 @@ def read_range(path: Path, offset: int, nbytes: int) -> bytes:
         read_exact(fd, memoryview(data), offset, path)
         return bytes(data)
     finally:
-        os.close(fd)
+        close(fd, path)
 
 
 def read_input(path: Path, max_nbytes: int) -> bytes:
@@ -134,7 +165,19 @@ def read_input(path: Path, max_nbytes: int) -> bytes:
         read_exact(fd, memoryview(data), 0, path)
         return bytes(data)
     finally:
-        os.close(fd)
+        close(fd, path)
+
+
+def sync_or_drop(fd: int, *paths: Path) -> None:
+    """Makes the file durable. Where that fails it is removed from `paths`: the kernel forgets what it could not write,
+    and shows it from its cache all the same, so that the bytes must be made anew. Raises OSError."""
+    try:
+        os.fsync(fd)
+    except OSError:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
 
 
 def fsync_dir(path: Path) -> None:
@@ -150,19 +193,21 @@ def fsync_dir(path: Path) -> None:
             os.close(fd)
 
 
-def allocate(fd: int, nbytes: int, where: str | Path) -> None:
-    """Gives the file exactly `nbytes` bytes, reserved on disk where the file system can; ENOSPC shows up here."""
+def allocate(fd: int, nbytes: int, where: str | Path, spans: Iterable[tuple[int, int]] | None = None) -> None:
+    """Gives the file exactly `nbytes` bytes, all of them, or those of `spans` [first, last), reserved on disk where the
+    file system can; ENOSPC shows up here."""
     reserve = getattr(_LIBC, "fallocate", None)  # glibc's posix_fallocate would write the whole file on NFS
     with io_errors(where):
         os.ftruncate(fd, nbytes)
         if reserve is None or nbytes == 0:
             return
-        while reserve(fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(nbytes)) != 0:
-            code = ctypes.get_errno()
-            if code in (errno.EOPNOTSUPP, errno.ENOSYS):
-                return
-            if code != errno.EINTR:  # after a signal, which is noticed elsewhere
-                raise OSError(code, os.strerror(code))
+        for first, last in ((0, nbytes),) if spans is None else spans:
+            while reserve(fd, 0, ctypes.c_longlong(first), ctypes.c_longlong(last - first)) != 0:
+                code = ctypes.get_errno()
+                if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    return
+                if code != errno.EINTR:  # after a signal, which is noticed elsewhere
+                    raise OSError(code, os.strerror(code))
 
 
 @contextlib.contextmanager
@@ -178,7 +223,7 @@ def replacing(path: Path) -> Iterator[int]:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            temporary.replace(path)
+            rename(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -225,12 +270,28 @@ def pieces_of(path: Path) -> Iterator[memoryview]:
             yield piece
             offset += len(piece)
     finally:
+        close(fd, path)
+
+
+def close(fd: int, where: str | Path) -> None:
+    """Closes a file. Raises MachineError: a file server may say only now that it could not keep what was written."""
+    with io_errors(where):
         os.close(fd)
 
 
 def free_nbytes(folder: Path) -> int:
     """Bytes that this user can still write on the file system of `folder` or of its nearest existing parent."""
+    usage = _usage(folder)
+    return usage.f_bavail * usage.f_frsize
+
+
+def free_files(folder: Path) -> int | None:
+    """Files that this user can still make there; None where the file system counts none."""
+    usage = _usage(folder)
+    return usage.f_favail if usage.f_files else None
+
+
+def _usage(folder: Path) -> os.statvfs_result:
     while not folder.exists():
         folder = folder.parent
-    usage = os.statvfs(folder)
-    return usage.f_bavail * usage.f_frsize
+    return os.statvfs(folder)

@@ -12,6 +12,7 @@ from distmerge.storage.files import read_input
 
 MAX_DEPTH = 100
 MAX_NBYTES = 512 << 20  # an index of half a million tensors is about 100 MB
+MAX_VALUES = 6_000_000  # a header of half a million tensors has five million; they take some 300 MB
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -24,7 +25,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `data`. Raises InputError for anything else, naming `where`."""
+    """The JSON object in `data`. Raises InputError for anything else, naming `where`, and before it is parsed for one
+    of more values than any checkpoint has. NaN and Infinity pass: configurations of models do hold them."""
+    if (count := sum(map(data.count, (b",", b"[", b"{")))) > MAX_VALUES:
+        raise InputError(f"holds some {count} values, at most {MAX_VALUES} are read", where=where)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except UnicodeDecodeError as error:

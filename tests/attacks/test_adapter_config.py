@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,45 @@ def test_a_pattern_that_takes_exponential_time_does_not_hang(
         error = failure(call)
         assert error is None or isinstance(error, InputError)
     scene.refuse("CPU time")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alpha_pattern": {SLOW_PATTERN: 4}},
+        {"target_modules": SLOW_PATTERN},
+        {"layers_pattern": SLOW_PATTERN, "layers_to_transform": [0]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.timeout(60)
+def test_in_a_thread_a_pattern_takes_no_longer_and_stops_nobody(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("distmerge.adapter.patterns._SECONDS", 0.3)
+    scene.spoil_config(**fields)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: failure(lambda: distmerge.plan(scene.config())))
+        turns = 0
+        while not asked.done():
+            time.sleep(0.01)  # another thread gets its turn all the while
+            turns += 1
+        error = asked.result()
+    assert isinstance(error, InputError)
+    assert "CPU time" in str(error)
+    assert turns > 5
+
+
+def test_in_a_thread_patterns_mean_what_they_mean_elsewhere(scene: Scene) -> None:
+    scene.spoil_config(
+        alpha_pattern={".*(q|down)_proj": 8, "layers.1.*": 12},
+        rank_pattern={"mlp.*": 4},
+        target_modules=["q_proj", "down_proj"],
+        layers_to_transform=[1],
+        layers_pattern="layers?",
+    )
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(distmerge.plan, scene.config()).result() == distmerge.plan(scene.config())
 
 
 @pytest.mark.parametrize("value", [*sorted(UNMERGEABLE), "lora", "LORA ", "QUX", "", None, 5, True, ["LORA"], {}])
@@ -316,6 +357,30 @@ def test_a_deeply_nested_field_is_refused_or_harmless(scene: Scene, field: str, 
     path.write_text(values.replace('"HERE"', "[" * depth + "]" * depth))
     error = failure(scene.merge)
     assert error is None or (error.exit_code == 3 and "adapter_config.json" in str(error))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"fan_in_fan_out": True}, "fan_in_fan_out"), ({"target_modules": ["q_proj"]}, "target_modules")],
+    ids=str,
+)
+def test_a_field_that_the_weights_contradict_is_a_warning_and_the_weights_count(
+    scene: Scene, fields: dict[str, Any], words: str
+) -> None:
+    scene.spoil_config(**fields)
+    assert any(words in text for text in distmerge.plan(scene.config()).warnings)
+
+
+def test_a_dora_without_its_magnitudes_is_refused(scene: Scene) -> None:
+    scene.spoil_config(use_dora=True)
+    scene.refuse("lora_magnitude_vector", "layers.0", "adapter_model.safetensors")
+
+
+def test_an_r_larger_than_the_layer_is_a_warning(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"m.weight": torch.zeros(3, 5)}, model_type="x")
+    adapter = write_adapter(tmp_path / "lora", {"m": (torch.ones(4, 5), torch.ones(3, 4))}, alpha=4)
+    scene = Scene(folder=tmp_path, base=base, adapter=adapter, output=tmp_path / "out")
+    assert any("r is larger" in text and "'m'" in text for text in distmerge.plan(scene.config()).warnings)
 
 
 def test_a_missing_configuration_is_refused(scene: Scene) -> None:

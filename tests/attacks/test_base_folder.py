@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distmerge
+from distmerge.storage.files import open_input, read_exact
 from tests.attacks.scene import Scene, failure
 from tests.conftest import tree
 from tests.factories import edit_json, hub_snapshot, load_folder
@@ -126,6 +127,55 @@ def test_shards_outside_the_index_are_not_read_and_not_copied(scene: Scene) -> N
     (scene.base / "model-00001-of-00002.safetensors").write_bytes(b"stale")
     scene.merge()
     assert not (scene.output / "model-00001-of-00002.safetensors").exists()
+
+
+def test_stale_shards_beside_those_of_the_index_are_a_warning_with_their_names(scene: Scene) -> None:
+    (scene.base / "model-00001-of-00099.safetensors").write_bytes(b"stale")
+    assert any(
+        "model-00001-of-00099" in text and "left out" in text for text in distmerge.plan(scene.config()).warnings
+    )
+
+
+@pytest.mark.parametrize("told", [0, 5, -1, 1e400, "5", [], True])
+def test_a_total_size_that_is_not_the_shards_is_a_warning(scene: Scene, told: Any) -> None:
+    assert distmerge.plan(scene.config()).warnings == ()
+    edit_json(scene.index, metadata={"total_size": told})
+    assert any("the index says" in text for text in distmerge.plan(scene.config()).warnings)
+
+
+@pytest.mark.parametrize("metadata", [..., None, [], {}, "x"])
+def test_nothing_of_the_indexs_metadata_is_needed(scene: Scene, metadata: Any) -> None:
+    index = {**json.loads(scene.index.read_text()), "metadata": metadata}
+    scene.index.write_text(json.dumps({key: value for key, value in index.items() if value is not ...}))
+    assert distmerge.plan(scene.config()).warnings == ()
+
+
+def test_a_base_without_a_configuration_is_a_warning(scene: Scene) -> None:
+    (scene.base / "config.json").unlink()
+    assert any("config.json is missing" in text for text in distmerge.plan(scene.config()).warnings)
+
+
+def test_names_of_equal_text_in_two_shards_are_refused(scene: Scene) -> None:
+    first, second = sorted(scene.base.glob("*.safetensors"))[:2]
+    for path, name in ((first, "caf\u00e9"), (second, "cafe\u0301")):
+        save_file({**load_file(path), name: torch.ones(1)}, path, metadata={"format": "pt"})
+    scene.refuse(scene.base, "'caf\\xe9'", "'cafe\\u0301'")
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "org/model"])
+def test_a_repository_in_place_of_a_folder_is_refused_with_the_command_that_fetches_it(scene: Scene, name: str) -> None:
+    scene.refuse(name, base=Path(name), hint=f"hf download {name} --local-dir")
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\x1b[31mb", "x" * 5000, "a\udcffb", "a\u202eb"], ids=lambda name: repr(name)[:12]
+)
+@pytest.mark.parametrize("option", ["base", "adapters", "output"])
+def test_a_path_that_cannot_be_is_refused_and_shown_escaped(scene: Scene, name: str, option: str) -> None:
+    path = scene.folder / name / "nowhere"
+    error = failure(lambda: scene.merge(**{option: (path,) if option == "adapters" else path}))
+    assert (error is None and option == "output") or (error is not None and error.exit_code == 3), error
+    assert error is None or all(character.isprintable() or character == "\n" for character in str(error))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "consolidated.00.pt", "diffusion.safetensors"])
@@ -304,3 +354,16 @@ def test_a_single_file_beside_an_index_that_names_only_it_is_accepted(scene: Sce
     assert tree(scene.folder / "again") == tree(scene.output)
     scene.spoil_weight_map(lambda weight_map: {**weight_map, "lm_head.weight": "model-00001-of-00001.safetensors"})
     scene.refuse("model.safetensors", INDEX, output=scene.folder / "third", hint="move")
+
+
+def test_a_file_that_shrinks_under_the_reader_is_an_error_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(8192))
+    fd = open_input(path)
+    try:
+        os.truncate(path, 4096)  # a mapping would now end the process with SIGBUS
+        with pytest.raises(distmerge.DistmergeError, match="ended at byte 4096, 4096 bytes early") as caught:
+            read_exact(fd, memoryview(bytearray(8192)), 0, path)
+    finally:
+        os.close(fd)
+    assert (caught.value.exit_code, caught.value.where) == (5, str(path))

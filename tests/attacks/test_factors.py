@@ -144,6 +144,15 @@ def test_a_nan_beside_zeros_is_refused_even_where_zero_is_allowed(scene: Scene) 
     scene.refuse(B, "nan", allow_zero_delta=True)
 
 
+@pytest.mark.parametrize(("a", "b"), [(1e-30, 1e-35), (1e-38, 1e-38), (1e-45, 1e-45), (1e18, 1e18)])
+def test_factors_whose_product_float32_does_not_hold_are_merged_or_refused_in_words(
+    small: Scene, a: float, b: float
+) -> None:
+    small.spoil_factors(lambda ts: {name: torch.full_like(t, a if "lora_A" in name else b) for name, t in ts.items()})
+    small.merge()
+    assert distmerge.verify(small.output, base=small.base, adapters=small.config().adapters).num_adapter_tensors == 2
+
+
 def test_one_zero_delta_is_a_warning(scene: Scene) -> None:
     scene.spoil_factors(lambda tensors: {**tensors, B: tensors[B] * 0})
     warnings = distmerge.plan(scene.config()).warnings

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import distmerge
 from tests.attacks.scene import Scene, crafted, entry, header_of
 
 BIG = 1 << 62
@@ -15,6 +17,10 @@ BIG = 1 << 62
 
 def _two(first: dict[str, Any], second: dict[str, Any]) -> bytes:
     return header_of({"a": first, "b": second})
+
+
+def _two_names(first: str, second: str) -> bytes:
+    return header_of({first: entry(0, 16), second: entry(16, 32)})
 
 
 # name: (header, data, words of the message)
@@ -88,6 +94,17 @@ HEADERS: dict[str, tuple[bytes, bytes, tuple[str, ...]]] = {
     "ESC in a name": (header_of({"a\x1b[31mb": entry()}), bytes(16), ("name", "\\x1b[31mb")),
     "newline in a name": (header_of({"a\nb": entry()}), bytes(16), ("name", "\\nb")),
     "half a character in a name": (b'{"a\\ud800":%b}' % header_of(entry()), bytes(16), ("name",)),
+    "half a character in the metadata": (b'{"__metadata__":{"a":"\\ud800"}}', b"", ("half a character",)),
+    "Infinity in an unknown field": (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":Infinity}}',
+        bytes(4),
+        ("a number that is none",),
+    ),
+    "names of equal text": (
+        _two_names("caf\u00e9", "cafe\u0301"),
+        bytes(32),
+        ("'caf\\xe9'", "'cafe\\u0301'", "Unicode"),
+    ),
     "right-to-left mark in a name": (header_of({"a\u202eb": entry()}), bytes(16), ("name",)),
 }
 
@@ -140,6 +157,44 @@ def test_a_strange_but_printable_name_passes_unchanged(scene: Scene, name: str) 
     scene.single(lambda tensors: {**tensors, name: torch.ones(3)})
     scene.merge()
     assert torch.equal(load_folder(scene.output)[name], torch.ones(3))
+
+
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_more_tensors_than_any_checkpoint_has_are_refused(
+    scene: Scene, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {f"x{n}": entry(0, 0, shape=[0]) for n in range(101)}
+    path = _place(scene, which, crafted(header_of(names)))
+    monkeypatch.setattr("distmerge.checkpoint.header.MAX_TENSORS", 100)
+    scene.refuse(path, "101 tensors", "at most 100")
+
+
+def test_a_header_of_a_million_tensors_or_values_is_refused_before_it_is_parsed(scene: Scene) -> None:
+    path = _place(scene, "base", crafted(b'{"a":[' + b"[]," * 4_000_000 + b"[]]}"))
+    tracemalloc.start()
+    scene.refuse(path, "8000003 values")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000_000  # the header three times, and none of its values
+
+
+@pytest.mark.parametrize("text", [b"\\ud83d\\ude00", "\U0001f600".encode()])
+def test_text_that_grows_in_memory_is_refused_before_it_is_read(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    monkeypatch.setattr("distmerge.checkpoint.header.MAX_WIDE_NBYTES", 10_000)
+    path = _place(scene, "base", crafted(b'{"__metadata__":{"a":"%b%b"}}' % (text, b"x" * 10_000)))
+    scene.refuse(path, "not ASCII")
+
+
+def test_a_field_that_the_format_does_not_have_is_a_warning(scene: Scene) -> None:
+    path = scene.single()
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["model.norm.weight"]["evil"] = {"__reduce__": "os.system"}
+    path.write_bytes(crafted(header_of(header), raw[8 + length :]))
+    assert any("'evil'" in text and path.name in text for text in distmerge.plan(scene.config()).warnings)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"format": "tf", "x": "\x1b[31m"}])

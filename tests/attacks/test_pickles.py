@@ -163,6 +163,9 @@ BOMBS: dict[str, Callable[[Path], object]] = {
     "a compressed archive": lambda path: with_member(
         path, "data.pkl", PROTO + bytes(50_000_000), compression=zipfile.ZIP_DEFLATED
     ),
+    "an archive of several disks": lambda path: path.write_bytes(
+        b"PK\x06\x07" + bytes(12) + b"\x09\0\0\0" + b"PK\x05\x06" + bytes(18)
+    ),
     "more elements than bytes": lambda path: torch.save({KEY: torch.zeros(1).expand(1 << 40)}, path),
     "a sparse tensor": lambda path: torch.save({KEY: torch.eye(3).to_sparse()}, path),
     "a tensor without a device": lambda path: torch.save({KEY: torch.empty(2, device="meta")}, path),

@@ -77,6 +77,7 @@ def test_the_offset_of_nested_scales_is_checked(packed_scene: Scene, value: Any)
         ({"shape": [4096]}, ("(4096,)",)),
         ({"shape": [32, 128]}, ("(32, 128)",)),
         ({"shape": [1 << 50, 64]}, ("shape",)),
+        ({"shape": "\x1b[31m"}, ("shape '\\x1b[31m'",)),
         ({"dtype": "float64"}, ("'float64'",)),
         ({"dtype": "bf16"}, ("'bf16'",)),
         ({"quant_type": "fp4"}, ("'fp4'", "'nf4'")),

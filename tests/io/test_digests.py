@@ -144,14 +144,18 @@ def test_without_digests_verify_sees_lengths_and_with_the_base_every_value(
         distmerge.verify(out)
 
 
-def test_a_receipt_of_the_version_before_is_read(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_receipts_of_the_versions_before_are_read(outputs: dict[str, Path], tmp_path: Path) -> None:
     out = Path(shutil.copytree(outputs["sha256"], tmp_path / "out"))
-    options = {key: value for key, value in receipt(out)["options"].items() if key != "digest"}
-    edit_json(out / "merge_receipt.json", version=2, options=options)
-    assert distmerge.verify(out) == distmerge.verify(outputs["sha256"])
-    edit_json(out / "merge_receipt.json", version=3)
-    with pytest.raises(InputError, match="is not a receipt"):
-        distmerge.verify(out)
+    found, path = receipt(out), out / "merge_receipt.json"
+    del found["inputs"], found["options"]["hash_inputs"]
+    third = {**found, "version": 3}
+    second = {**found, "version": 2, "options": {k: v for k, v in found["options"].items() if k != "digest"}}
+    for older in (third, second):
+        path.write_text(json.dumps(older))
+        assert distmerge.verify(out) == distmerge.verify(outputs["sha256"])
+        path.write_text(json.dumps({**older, "version": older["version"] + 1}))
+        with pytest.raises(InputError, match="is not a receipt"):
+            distmerge.verify(out)
 
 
 @pytest.mark.parametrize("kind", KINDS)

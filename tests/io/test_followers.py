@@ -17,11 +17,12 @@ from torch._C._distributed_c10d import HashStore
 from distmerge import follower
 from distmerge.errors import InputError, Interrupted, MachineError, VerifyError
 from distmerge.follower import Followers
+from distmerge.journal import ShardRecord
 from distmerge.merge import merge as merge_ranks
 from distmerge.plan import Plan, make_plan
 from distmerge.progress import Display
-from distmerge.stream import SegmentRecord, Stream
-from distmerge.work import ShardRecord, WorkFolder
+from distmerge.stream import Running, SegmentRecord, Stream
+from distmerge.work import WorkFolder
 from distmerge.world import Place, World
 from tests.conftest import digests, tree
 from tests.factories import merge, plan_of, synthetic_adapter, synthetic_base, wanted
@@ -67,13 +68,13 @@ def test_a_file_is_hashed_while_it_is_written_and_durable_while_the_next_is(
 ) -> None:
     """Holds each segment back until everything before it is hashed, and whole files are renamed."""
     hashed: dict[str, int] = {}
-    real_read, run = follower.read_exact, Stream.run
+    real_read, start = follower.read_exact, Stream.begin
 
     def noted(fd: int, view: memoryview, offset: int, where: str) -> None:
         real_read(fd, view, offset, where)
         hashed[where] = offset + len(view)
 
-    def held(self: Stream, number: int, tick: Callable[[], None]) -> SegmentRecord:
+    def held(self: Stream, number: int, tick: Callable[[], None]) -> Running:
         plan = self._plan
         segment = plan.segments[number]
         piece = segment.pieces[0]
@@ -84,10 +85,11 @@ def test_a_file_is_hashed_while_it_is_written_and_durable_while_the_next_is(
             other for other in range(len(plan.files)) if other != segment.file and plan.files[other].name in hashed
         ]
         until(lambda: all((tmp_path / "out.distmerge" / "model" / plan.files[other].name).exists() for other in begun))
-        return run(self, number, tick)
+        return start(self, number, tick)
 
     monkeypatch.setattr(follower, "read_exact", noted)
-    monkeypatch.setattr(Stream, "run", held)
+    monkeypatch.setattr(Stream, "begin", held)
+    monkeypatch.setattr(Stream, "follows", lambda *_: False)  # so that one is whole before the next begins
     out = merge(*long, tmp_path / "out")
     assert receipt(out)["files"].keys() >= hashed.keys() == digests(out).keys()
 
@@ -140,7 +142,9 @@ class Ended(WorkFolder):
     def __init__(self) -> None:
         self.files: list[int] = []
 
-    def finish(self, plan: Plan, number: int, follow: Callable[[int], tuple[str, tuple[int, ...]]]) -> ShardRecord:
+    def finish(
+        self, plan: Plan, number: int, follow: Callable[[int], tuple[str, tuple[int, ...]]], again: Any = None
+    ) -> ShardRecord:
         digest, crcs = follow(-1)
         self.files.append(number)
         return ShardRecord(file=number, nbytes=plan.files[number].nbytes, digest=digest, segment_crc32s=crcs)

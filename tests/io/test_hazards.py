@@ -16,10 +16,11 @@ from torch import Tensor
 import distmerge
 from distmerge import AdapterChoice, MergeConfig
 from distmerge.errors import MachineError, VerifyError
+from distmerge.journal import ShardRecord
 from distmerge.plan import Plan
 from distmerge.reader import Reader
 from distmerge.stream import SegmentRecord
-from distmerge.work import ShardRecord, WorkFolder
+from distmerge.work import WorkFolder
 from tests.conftest import environment
 from tests.factories import load_folder, merge, split_files, write_adapter, write_base
 

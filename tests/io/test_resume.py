@@ -15,12 +15,13 @@ import torch
 
 from distmerge.config import AdapterChoice, MergeConfig
 from distmerge.errors import InputError, Interrupted
+from distmerge.journal import ShardRecord
 from distmerge.numerics.precision import full_precision
 from distmerge.plan import Plan, make_plan
 from distmerge.storage.files import replacing
 from distmerge.storage.records import encode
 from distmerge.stream import Stream
-from distmerge.work import ShardRecord, WorkFolder
+from distmerge.work import WorkFolder
 from tests.conftest import Command, tree
 from tests.factories import edit_json, merge
 
@@ -61,7 +62,7 @@ def test_the_journal_gives_back_what_was_noted(base: Path, adapter: Path, tmp_pa
     half = Halfway(base, adapter, tmp_path / "out", count=3)
     segments = half.work.done(half.plan).segments
     crcs = tuple(segments[number].crc32 for number in half.plan.segments_of(0))
-    shard = ShardRecord(file=0, nbytes=half.plan.files[0].nbytes, digest="ab", segment_crc32s=crcs)
+    shard = ShardRecord(file=0, nbytes=half.plan.files[0].nbytes, digest="ab" * 32, segment_crc32s=crcs)
     lies = [{"segment_crc32s": (7, *crcs[1:])}, {"segment_crc32s": crcs[1:]}, {"nbytes": 5}, {"file": -1}, {"file": 99}]
     for record in (replace(shard, **lies[0]), shard, *(replace(shard, **lie) for lie in lies)):
         half.work.note(half.plan, shard=record)
@@ -195,6 +196,16 @@ def test_other_inputs_are_refused(changed: str, base: Path, adapter: Path, other
     with pytest.raises(InputError, match="holds an unfinished merge of other inputs or options"):
         merge(copied, weighted, half.output)
     assert not half.output.exists()
+
+
+def test_an_unfinished_merge_of_another_layout_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("distmerge.layout._data_begin", lambda tensors: 1 << 20)
+        half = Halfway(base, adapter, tmp_path / "out", count=1)
+    with pytest.raises(InputError, match="changed: the layout"):
+        merge(base, adapter, half.output)
 
 
 @pytest.mark.parametrize("plan", [{}, [], None, {"tasks": 5}, {"fingerprint": []}, {"files": [{}]}], ids=str)

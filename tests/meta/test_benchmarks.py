@@ -20,7 +20,7 @@ from benchmarks.harness import compared_digests, titled
 from benchmarks.machine import describe
 from benchmarks.process import Finished, watch
 from benchmarks.spread import fit, ratios, spread_of
-from benchmarks.tables import contestants, ratio_table, read_log, sections, values
+from benchmarks.tables import contestants, machine_of, ratio_table, read_log, sections, values
 from distmerge.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def run_here(words: list[str], **_: Any) -> Finished:
 def assert_tables_are_made(script: str, results: Path) -> None:
     """The pages' tables that quote this log are made of it, each with the machine below."""
     made = runpy.run_path(str(ROOT / "docs" / "make_performance.py"))
-    for name in [name for name, (log, _) in made["TABLES"].items() if log == script]:
+    for name in [name for name, (log, *_) in made["TABLES"].items() if log == script]:
         text = made["filled"](f"<!-- {name} -->\n<!-- end -->\n", results)
         assert name == "profiles" or text.count("\n| ") > 1, name
         assert text.count(" cores (") == 1
@@ -106,10 +106,11 @@ def test_a_benchmark_measures_real_ranks_from_their_own_log(tmp_path: Path) -> N
 
 @pytest.mark.real
 @pytest.mark.parametrize("script", ["peers", "nf4"])
-def test_peers_merge_what_distmerge_merges(script: str, tmp_path: Path) -> None:
+def test_peers_merge_what_distmerge_merges(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log_file = tmp_path / "log.jsonl"
-    words = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *QUICK]
-    subprocess.run([*words, "--folder", str(tmp_path), "--log", str(log_file)], check=True, cwd=tmp_path)
+    monkeypatch.setattr(harness, "compared_digests", lambda: compared_digests()[:1])  # the others are no peers
+    main = runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"))["main"]
+    main([*QUICK, "--folder", str(tmp_path), "--log", str(log_file)])
     log = read_log(log_file)
     peer = {"peers": "PEFT", "nf4": "transformers + PEFT"}[script]
     assert 0 < values(log, script, peer, "past")[0] < values(log, script, peer, "whole")[0]
@@ -169,6 +170,42 @@ def test_ratios_are_taken_round_by_round() -> None:
         "| slow | 4 | 2 [2, 2] |",
         "| fast | 2 | 1 [1, 1] |",
     ]
+
+
+def test_a_section_that_is_measured_again_takes_the_place_of_the_old_one_and_others_stay_with_their_machine(
+    tmp_path: Path,
+) -> None:
+    parser, log_file = harness.arguments("", rounds=1), tmp_path / "log.jsonl"
+    for whole, only in ((1.0, []), (2.0, ["b"]), (3.0, ["b", "c"])):
+        with harness.bench(parser, ["--log", str(log_file), "--folder", str(tmp_path), "--only", *only]) as run:
+            for section in ("a", "b", "c"):
+                if run.wanted(section):
+                    run.rounds(section, {"one": lambda whole=whole: {"whole": whole}})
+    log = read_log(log_file)
+    assert sections(log) == ["a", "b", "c"]
+    assert {section: values(log, section, "one", "whole") for section in "abc"} == {"a": [1.0], "b": [3.0], "c": [3.0]}
+    assert [machine_of(log, section)["options"]["only"] for section in "abc"] == [[], ["b", "c"], ["b", "c"]]
+    assert [line["section"] for line in log].count("machine") == 2, "of the second run nothing is left"
+
+
+def test_what_the_pages_lack_or_quote_of_other_code_is_due_by_name_and_holes_say_so(tmp_path: Path) -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_performance.py"))
+    logs = {log for log, *_ in made["TABLES"].values()}
+    assert set(made["state"](tmp_path)) == logs
+    assert {f"bench-{log}" for log in logs} <= {f"bench-{word}" for word in (ROOT / "Makefile").read_text().split()}
+    sample = {"stream": 1.0, "ranks": 1.0, "whole": 1.0, "durable": 1.0}
+    machine = {**describe(tmp_path), "section": "machine", "options": {"rounds": 1, "nbytes": 1e9}}
+    lines = [{**machine, "commit": "0000000"}, {"section": "digest", "round": 0, "contestant": "cp", **sample}]
+    lines += [machine, {"section": "r", "round": 0, "contestant": "cp", **sample}]
+    (tmp_path / "cp.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    due = dict(line.split(": ", 1) for line in made["state"](tmp_path)["cp"])
+    assert "not in this history" in due["copies-digest"]
+    assert "not measured" in due["copies-cold"]
+    assert "not in this history" not in due.get("copies-r", "")
+    for name, hole in (("copies-digest", False), ("copies-cold", True), ("copies-r", False), ("peers", True)):
+        text = made["filled"](f"<!-- {name} -->\n<!-- end -->\n", tmp_path)
+        assert ("Not measured yet: `make bench-" in text) == hole
+        assert ("0000000" in text) == (name == "copies-digest")
 
 
 def test_spreads_are_quartiles_and_lines_least_squares() -> None:

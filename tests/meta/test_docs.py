@@ -49,6 +49,18 @@ def test_every_promise_names_a_test_that_exists() -> None:
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+def test_each_of_the_ninety_bad_inputs_names_tests_that_exist() -> None:
+    sources = "".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
+    page = (ROOT / "docs" / "inputs.md").read_text()
+    assert [name for name in re.findall(r"`(test_\w+)`", page) if f"def {name}(" not in sources] == []
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| [^|]+ \| `test_\w+`[^|]*\|$", page, re.MULTILINE)
+    assert list(map(int, rows)) == list(range(1, 91))
+    fuzzed = set(
+        re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.+?) \|", page.split("## Fuzzing")[1], re.MULTILINE)))
+    )
+    assert fuzzed == {path.name for path in (ROOT / "fuzz" / "corpus").iterdir()}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_inside_the_project_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())

@@ -20,6 +20,7 @@ MODULES = {
 }
 # From the bottom up. A module may import what lies below it or beside it.
 LAYERS = [
+    ["redaction"],
     ["errors"],
     ["storage", "config", "progress", "parent", "launcher", "clock"],
     ["numerics", "checkpoint", "world"],
@@ -36,6 +37,7 @@ LAYERS = [
             "page_cache",
             "manifest",
             "dense",
+            "untouched",
             "reader",
             "lanes",
             "stream",
@@ -43,7 +45,8 @@ LAYERS = [
         ),
         *("rounding", "packer", "blocks", "first_pass", "shards", "doubts"),
     ],
-    ["claim", "work", "follower", "verify", "receipt", "report", "publish", "share", "runlog"],
+    ["budget", "room", "claim", "input_files"],
+    ["journal", "work", "unchanged", "follower", "verify", "receipt", "report", "publish", "share", "runlog"],
     ["merge", "audit", "inspection", "demo", "evaluation"],
     ["run"],
     ["cli"],

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distmerge.config import parse_nbytes
+from distmerge.errors import InputError
 from distmerge.runlog import read_run_log
 from tests import factories
 from tests.conftest import Command, environment, tree
@@ -19,8 +21,8 @@ pytestmark = pytest.mark.ranks
 
 @pytest.mark.parametrize(
     ("nproc", "torchrun", "budget"),
-    [(2, None, "2GiB"), (2, (), "128MiB"), (3, (), "2GiB"), (5, (), "128MiB")],
-    ids=["launcher-2", "torchrun-2-small-budget", "torchrun-3", "torchrun-5-small-budget"],
+    [(4, None, "128MiB"), (3, (), "2GiB"), (5, (), "128MiB")],
+    ids=["launcher-4-small-budget", "torchrun-3", "torchrun-5-small-budget"],
 )
 def test_every_file_is_the_same_for_every_number_of_ranks_and_every_budget(
     undisturbed: Undisturbed, tmp_path: Path, nproc: int, torchrun: tuple[str, ...] | None, budget: str
@@ -32,48 +34,44 @@ def test_every_file_is_the_same_for_every_number_of_ranks_and_every_budget(
     assert not running.work.exists()
 
 
-def test_one_process_with_the_smallest_budget_gives_the_same_bytes(
-    undisturbed: Undisturbed, distmerge: Command, tmp_path: Path
-) -> None:
-    args = ("merge", *undisturbed.args, "--output", tmp_path / "merged", "--nproc", 1, "--memory-budget")
-    refused = distmerge(*args, "1MiB", code=3)
-    smallest = refused.stderr.split("--memory-budget ")[-1].strip()
-    distmerge(*args, smallest)
-    assert tree(tmp_path / "merged") == undisturbed.files
+def test_one_process_with_the_smallest_budget_gives_the_same_bytes(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    folders = (undisturbed.base, undisturbed.adapter, tmp_path / "merged")
+    with pytest.raises(InputError) as refused:
+        factories.merge(*folders, memory_budget=1 << 20)
+    smallest = parse_nbytes(refused.value.hint.removeprefix("--memory-budget "))
+    assert tree(factories.merge(*folders, memory_budget=smallest)) == undisturbed.files
 
 
 @pytest.mark.parametrize(("shard", "digest"), [("50GB", "none"), ("20KB", "crc32")])
 def test_more_ranks_than_segments_or_many_tiny_shards(
-    distmerge: Command, torchrun: Command, adapter: Path, tmp_path: Path, *, shard: str, digest: str
+    distmerge: Command, adapter: Path, tmp_path: Path, *, shard: str, digest: str
 ) -> None:
-    base = factories.save_packed_base(tmp_path / "nf4", shard=shard)
-    args = ("merge", "--base", base, "--adapter", adapter, "--max-shard-size", shard.replace("20KB", "60KB"))
-    args += ("--digest", digest)
-    distmerge(*args, "--output", tmp_path / "one", "--nproc", 1)
-    torchrun(*args, "--output", tmp_path / "three", nproc=3)
+    base, largest = factories.save_packed_base(tmp_path / "nf4", shard=shard), shard.replace("20KB", "60KB")
+    factories.merge(base, adapter, tmp_path / "one", max_shard_size=parse_nbytes(largest), digest=digest)
+    args = ("merge", "--base", base, "--adapter", adapter, "--max-shard-size", largest, "--digest", digest)
+    distmerge(*args, "--output", tmp_path / "three", "--nproc", 3)
     one = tree(tmp_path / "one")
     assert tree(tmp_path / "three") == one
     assert (sum(name.endswith(".safetensors") for name in one) == 1) == (shard == "50GB")
 
 
 def test_a_packed_output_of_a_simulated_base_is_the_same_on_three_ranks(
-    distmerge: Command, torchrun: Command, base: Path, adapter: Path, tmp_path: Path
+    distmerge: Command, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     args = ("merge", "--base", base, "--adapter", adapter, "--simulate-quant", "nf4", "--quantize", "nf4")
-    args += ("--quantize-mode", "fitted", "--max-shard-size", "60KB")
-    distmerge(*args, "--output", tmp_path / "one", "--nproc", 1)
-    torchrun(*args, "--output", tmp_path / "three", "--memory-budget", "128MiB", nproc=3)
+    args += ("--quantize-mode", "fitted", "--max-shard-size", "60KB", "--output")
+    packed = {"simulate_quant": "nf4", "quantize": "nf4", "quantize_mode": "fitted", "max_shard_size": 60_000}
+    factories.merge(base, adapter, tmp_path / "one", **packed)
+    distmerge(*args, tmp_path / "three", "--memory-budget", "128MiB", "--nproc", 3)
     assert tree(tmp_path / "three") == tree(tmp_path / "one")
 
 
 def test_a_second_run_of_the_same_command_leaves_the_output_alone(
-    distmerge: Command, torchrun: Command, base: Path, adapter: Path, tmp_path: Path
+    torchrun: Command, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "merged"
-    args = ("merge", "--base", base, "--adapter", adapter, "--output", output)
-    distmerge(*args, "--nproc", 1)
+    output = factories.merge(base, adapter, tmp_path / "merged")
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    again = torchrun(*args, nproc=2)
+    again = torchrun("merge", "--base", base, "--adapter", adapter, "--output", output, nproc=2)
     assert again.stderr.count("holds the result of this merge already") == 1
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
@@ -103,6 +101,7 @@ def test_a_run_log_tells_of_every_rank_and_segment_and_leaves_the_output_as_it_i
     spans = [span for rank in ranks for span in rank.spans]
     assert sorted(span.segment for span in spans) == list(range(len(undisturbed.plan.segments)))
     assert all(span.nbytes == undisturbed.plan.segments[span.segment].nbytes for span in spans)
-    assert all(rank.profile is not None and rank.profile.compute > 0 for rank in ranks)
+    busy = [rank for rank in ranks if rank.spans]  # on a machine that is loaded one of them may do everything
+    assert all(rank.profile is not None and rank.profile.compute > 0 for rank in busy)
     assert [rank.profile.publish > 0 for rank in ranks if rank.profile] == [True, False]
-    assert all(rank.spans and rank.start <= rank.spans[0].start < rank.spans[-1].end <= rank.end for rank in ranks)
+    assert all(rank.start <= rank.spans[0].start < rank.spans[-1].end <= rank.end for rank in busy)

@@ -25,14 +25,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Path, 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
 def test_every_file_is_the_same_for_one_two_and_three_ranks(
-    method: str, inputs: tuple[Path, tuple[Path, Path]], distmerge: Command, torchrun: Command, tmp_path: Path
+    method: str, inputs: tuple[Path, tuple[Path, Path]], distmerge: Command, tmp_path: Path
 ) -> None:
     base, (first, second) = inputs
+    factories.merge(base, [(first, 0.7), (second, -0.4)], tmp_path / "one", combine=method, density=0.2)
     args = ["merge", "--base", base, "--adapter", first, "--weight", 0.7, "--adapter", second, "--weight", -0.4]
     args += ["--combine", method, "--density", 0.2]
-    distmerge(*args, "--output", tmp_path / "one", "--nproc", 1)
-    torchrun(*args, "--output", tmp_path / "two", "--memory-budget", "128MiB", nproc=2)
-    torchrun(*args, "--output", tmp_path / "three", nproc=3)
+    distmerge(*args, "--output", tmp_path / "two", "--memory-budget", "128MiB", "--nproc", 2)
+    distmerge(*args, "--output", tmp_path / "three", "--nproc", 3)
     assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
 
 

@@ -72,11 +72,11 @@ def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_experts_give_the_same_bytes_on_every_number_of_ranks(
-    experts: Experts, torchrun: Command, tmp_path: Path
+    experts: Experts, distmerge: Command, tmp_path: Path
 ) -> None:
     for nproc, budget in ((2, "2GiB"), (3, "128MiB")):
         output = tmp_path / str(nproc)
-        torchrun("merge", *experts.args, "--output", output, "--memory-budget", budget, nproc=nproc)
+        distmerge("merge", *experts.args, "--output", output, "--memory-budget", budget, "--nproc", nproc)
         assert tree(output) == experts.files
 
 

@@ -47,6 +47,21 @@ def test_data_begins_at_a_multiple_of_eight_right_after_the_length_and_the_json(
     assert raw[8:9] == b"{"
 
 
+@given(TENSORS, st.integers(-9, 5000))
+def test_data_begins_where_it_is_wanted_or_not_at_all(
+    tensors: list[tuple[str, str, tuple[int, ...]]], more: int
+) -> None:
+    shortest = build_header(tensors)
+    json = len(shortest[8:].rstrip(b" "))
+    if 8 + json > len(shortest) + more:
+        with pytest.raises(ValueError, match="does not fit"):
+            build_header(tensors, len(shortest) + more)
+        return
+    raw = build_header(tensors, len(shortest) + more)
+    assert len(raw) == len(shortest) + more == 8 + int.from_bytes(raw[:8], "little")
+    assert parse_header(raw[8:], nbytes_of(tensors), where="w", file="f").metadata == METADATA
+
+
 @given(TENSORS.filter(bool), st.integers(-3, 3).filter(bool))
 def test_a_file_that_is_longer_or_shorter_than_its_header_says_is_refused(
     tensors: list[tuple[str, str, tuple[int, ...]]], off: int

@@ -13,6 +13,8 @@ from distmerge.checkpoint.header import ITEMSIZE, build_header, parse_header
 from distmerge.checkpoint.packed_form import PackedForm
 from distmerge.grid import BLOCK_NUMEL
 from distmerge.layout import Task, cut_segments, pack_shards, place
+from distmerge.storage.sharing import BLOCK_NBYTES, whole_blocks
+from distmerge.untouched import spans_to_reserve, untouched
 from tests.factories import plan_of, wanted
 
 DTYPES = st.sampled_from(["BF16", "F16", "F32"])
@@ -178,4 +180,51 @@ def test_a_planned_header_is_what_a_reader_finds(shards: dict[str, list[Any]]) -
         assert starts <= {(t.name, t.begin) for t in found.tensors}
         assert {t.name for t in found.tensors} == {part.name for t in plan.tasks_of(number) for part in t.parts}
         parts = [part for t in plan.tasks_of(number) for part in t.parts]
-        assert raw == build_header([(part.name, part.dtype, part.shape) for part in parts])
+        shortest = build_header([(part.name, part.dtype, part.shape) for part in parts])
+        assert raw[8:] == shortest[8:].ljust(len(raw) - 8)
+        assert len(raw) - len(shortest) < BLOCK_NBYTES
+
+
+@given(st.lists(st.tuples(MATRIX, st.integers(0, 2)), min_size=1, max_size=12), st.integers(2, 2000))
+def test_what_is_copied_has_the_place_in_its_block_that_it_has_in_the_base(
+    tensors: list[tuple[tuple[int, int], int]], eighths: int
+) -> None:
+    begin, shard = 8 * eighths, []
+    for number, (shape, r) in enumerate(tensors):
+        tensor = wanted(f"t{number}", shape, r=r)
+        spec = replace(tensor.source.data, begin=begin)
+        shard.append(replace(tensor, source=replace(tensor.source, data=spec)))
+        begin += spec.nbytes
+    plan = plan_of({"f": shard})
+    copied = [task for task in plan.tasks if task.kind == "copy"]
+    shifts = {task.begin - task.source.data.begin for task in copied}
+    assert len(shifts) == bool(copied)
+    ranges = [one for segment in plan.segments for one in untouched(plan.tasks, segment.pieces)]
+    blocks = [whole_blocks(one.begin, one.nbytes) for one in ranges]
+    if any(last > first for first, last in blocks):
+        assert {shift % BLOCK_NBYTES for shift in shifts} == {0}
+    # Where blocks are shared and what is reserved lie side by side, but for a block between two segments.
+    assert sum(one.nbytes for one in ranges) == sum(task.nbytes for task in copied)
+    assert {one.source - one.begin for one in ranges} <= {-shift for shift in shifts}
+    reserved = spans_to_reserve(plan, 0)
+    for first, last in (span for span in blocks if span[1] > span[0]):
+        assert all(end <= first or last <= start for start, end in reserved)
+    left = plan.files[0].nbytes - sum(last - first for first, last in reserved)
+    assert 0 <= left - sum(max(0, last - first) for first, last in blocks) <= 2 * BLOCK_NBYTES * len(plan.segments)
+
+
+def test_a_file_that_nothing_is_copied_to_has_the_shortest_header_and_a_tensor_that_moved_counts_by_its_blocks() -> (
+    None
+):
+    def shard(*, r: int) -> list[Any]:
+        found = []
+        for name, shape, begin in (("small", (1, 4096), 8 * 77), ("large", (1, 16384), 8 * 99), ("odd", (9, 9000), 99)):
+            tensor = wanted(name, shape, r=r)
+            spec = replace(tensor.source.data, begin=begin)
+            found.append(replace(tensor, source=replace(tensor.source, data=spec)))
+        return found
+
+    (file,), tasks = place({"f": shard(r=1)})
+    assert file.data_begin == len(build_header([(t.name, t.dtype, t.source.shape) for t in tasks]))
+    _, tasks = place({"f": shard(r=0)})
+    assert [(task.begin - task.source.data.begin) % BLOCK_NBYTES == 0 for task in tasks] == [False, True, False]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from distmerge.errors import VerifyError
+from distmerge.journal import ShardRecord
 from distmerge.layout import pack_shards
 from distmerge.plan import Plan
 from distmerge.stream import PieceRecord, SegmentRecord
 from distmerge.verify import check_records
-from distmerge.work import ShardRecord
 from tests.factories import plan_of, wanted
 
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distmerge.config import AdapterChoice, MergeConfig
+from distmerge.journal import ShardRecord
 from distmerge.numerics.survival import Sums
 from distmerge.plan import Plan, make_plan
 from distmerge.runlog import RankLog, Span
 from distmerge.share import Records
 from distmerge.storage.records import decode, decode_rows, encode, encode_rows
 from distmerge.stream import PieceRecord, SegmentRecord
-from distmerge.work import ShardRecord
 
 COUNT = st.integers(0, 1 << 62)
 NUMBER = st.floats(min_value=0, allow_infinity=False)

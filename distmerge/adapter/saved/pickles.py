@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from distmerge.checkpoint.header import build_header
 from distmerge.errors import InputError, printable, shown
+from distmerge.redaction import is_secret
 from distmerge.storage.files import open_input, replacing, write_exact
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ def _unread(path: Path, what: str) -> InputError:
 
 
 def _environment() -> dict[str, str]:
-    """The environment without what would load more code or reach for a GPU."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TORCH", "DISTMERGE_"))}
+    """The environment without what would load more code or reach for a GPU, and without secrets."""
+    left_out = ("PYTHON", "TORCH", "DISTMERGE_")
+    kept = {n: value for n, value in os.environ.items() if not n.startswith(left_out) and not is_secret(n)}
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -151,9 +153,9 @@ def _load(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 def _is_plain_archive(path: Path) -> bool:
     """True for torch's own archives, which can be mapped. Raises InputError for a compressed one, which torch never
     writes; older pickles are no archives."""
-    if not zipfile.is_zipfile(path):
-        return False
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:

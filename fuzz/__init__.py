@@ -1,0 +1,1 @@
+"""Fuzzers of everything that reads a stranger's bytes; `python -m fuzz TARGET` runs one under atheris."""
