@@ -103,8 +103,10 @@ class Task(Wanted):
 
     @property
     def spectrum_nbytes(self) -> int:
-        """Bytes that computing the singular values of its deltas takes at most, the factors apart."""
-        return 128 * min(sum(change.r or LARGEST_SPECTRUM for change in self.changes), LARGEST_SPECTRUM) ** 2
+        """Bytes that computing the singular values of its deltas takes at most, factors in float64 among them."""
+        r = min(sum(change.r or LARGEST_SPECTRUM for change in self.changes), LARGEST_SPECTRUM)
+        _, rows, cols = self.changes[0].shape if self.changes else (0, 0, 0)
+        return 128 * r**2 + 8 * r * (rows + cols)
 
     @property
     def scratch_nbytes(self) -> int:

@@ -175,7 +175,7 @@ class Plan:
         """Bytes that loading what changes one tensor takes at most, and of stacks that are kept for the next."""
         changes = [change for task in self.tasks for change in task.changes]
         sparse = [view.spec.nbytes for change in changes for view in change.tensors.values() if view.is_sparse]
-        loading = max((sum(c.loading_nbytes for c in t.changes) + t.spectrum_nbytes for t in self.tasks), default=0)
+        loading = max((sum(c.loading_nbytes for c in t.changes) for t in self.tasks), default=0)
         loading += max((scales_nbytes(task.form, task.source.numel) for task in self.tasks if task.form), default=0)
         loading += self.simulated_nbytes + self._learning_nbytes
         return loading + self.held_nbytes + KEPT_STACKS * max(sparse, default=0)
@@ -214,7 +214,8 @@ class Plan:
         )
         blocks = stored + self.block_nbytes + 4 * self.block_numel + 6 * packed
         measured = 8 * MEASURED_NUMEL
-        return blocks + scales + operators + measured + self._combine_nbytes + self._packing_nbytes
+        spectrum = max(task.spectrum_nbytes for task in self.tasks)
+        return blocks + scales + operators + measured + spectrum + self._combine_nbytes + self._packing_nbytes
 
     @cached_property
     def least_nbytes(self) -> int:

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class _Done:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Known:
     """What is known of a segment's pieces beside their blocks: which are there already, in blocks of the disk that the
-    output shares with an input, and by the number of a piece what its changes are as a whole, once they are loaded."""
+    output shares with an input, and by the number of a piece what its changes are as a whole, once block 0 is done."""
 
     shared: frozenset[int]
     wholes: dict[int, Whole] = field(default_factory=dict)
@@ -195,24 +196,25 @@ class Stream:
 
     def _write(self, segment: Segment, pieces: range, known: _Known, tick: Callable[[], None]) -> Batch[Block, _Done]:
         scales = [self._first_pass.prepare(segment.pieces[i].task, tick) for i in pieces]
-        return self._lanes.begin(self._blocks(segment, pieces, known, next(iter(scales), None)), self._merge_block)
+        blocks = self._blocks(segment, pieces, known, next(iter(scales), None))
+        return self._lanes.begin(blocks, partial(self._merge_block, known))
 
     def _blocks(self, segment: Segment, pieces: range, known: _Known | None, scales: Scales | None) -> Iterator[Block]:
-        """The blocks of `pieces` of `segment` in order; where `known` is given, with the changes, which it looks at
-        once, for the piece that holds block 0."""
+        """The blocks of `pieces` of `segment` in order; where `known` is given, with the changes."""
         for i in pieces:
             piece = segment.pieces[i]
             task = self._plan.tasks[piece.task]
             changes = self._first_pass.load(piece.task) if known is not None else ()
-            if known is not None and piece.first == 0:
-                known.wholes[i] = _whole(changes)
             shared = known is not None and i in known.shared
             for number in range(piece.first, piece.last):
                 first, last = task.block(number)
                 block = Block(piece=i, task=task, block=number, first=first, last=last, changes=changes, scales=scales)
                 yield replace(block, shared=True) if shared else block
 
-    def _merge_block(self, lane: Lane, block: Block) -> _Done:
+    def _merge_block(self, known: _Known, lane: Lane, block: Block) -> _Done:
+        if block.block == 0 and block.changes:
+            with during("load"), lane.work_order():
+                known.wholes[block.piece] = _whole(block.changes)
         if self._plan.file_digest == "none" and (block.shared or self._copied(block)):
             return self._done(block, b"")
         if block.shared:

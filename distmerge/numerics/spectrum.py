@@ -63,8 +63,11 @@ def whole_of(changes: Sequence[Loaded], *, max_r: int) -> Whole:
 
 def _squares(tall: Tensor, wide: Tensor, scaling: Tensor) -> Tensor:
     """The eigenvalues of `tall @ diag(scaling) @ wide @ diag(scaling)`, both semidefinite, in falling order."""
-    values, vectors = torch.linalg.eigh(tall)
-    root = vectors * values.clamp_min(0).sqrt() * scaling[:, None]
+    root, failed = torch.linalg.cholesky_ex(tall)
+    if failed:  # not of full rank
+        values, vectors = torch.linalg.eigh(tall)
+        root = vectors * values.clamp_min(0).sqrt()
+    root = root * scaling[:, None]
     squares: Tensor = torch.linalg.eigvalsh(root.T @ wide @ root)
     return squares.clamp_min(0).flip(0)
 
