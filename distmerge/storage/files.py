@@ -111,8 +111,8 @@ def rename(source: Path, target: Path) -> None:
 def write_exact(fd: int, view: memoryview, offset: int, where: str | Path) -> None:
     """Writes all of `view` at `offset` of the file, in slices of at most 256 KiB."""
     done = 0
-    while done < len(view):
-        with io_errors(where):
+    with io_errors(where):
+        while done < len(view):
             done += os.pwrite(fd, view[done : done + WRITE_NBYTES], offset + done)
 
 
