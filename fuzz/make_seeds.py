@@ -100,7 +100,8 @@ def _pickles(folder: Path) -> dict[str, bytes | dict[str, Any]]:
 def _runs(folder: Path) -> None:
     """What a small merge leaves: its receipt, its manifest, its journal."""
     base, adapter = write_scene(folder)
-    config = MergeConfig(base=base, adapters=(AdapterChoice(folder=adapter),), output=folder / "out", device="cpu")
+    choices = (AdapterChoice(folder=adapter),)
+    config = MergeConfig(base=base, adapters=choices, output=folder / "out", device="cpu", hash_inputs=True)
     plan = distmerge.plan(config)
     distmerge.merge(config)
     _write("receipt", {"merge": (folder / "out" / "merge_receipt.json").read_bytes()})

@@ -7,6 +7,7 @@ import math
 import random
 import re
 from typing import Any
+from unittest.mock import patch
 
 from distmerge.adapter import patterns
 from distmerge.adapter.patterns import time_limit
@@ -15,7 +16,7 @@ from distmerge.storage.strict_json import parse_object
 from fuzz.law import taken
 from fuzz.mutate import mutated
 
-patterns._SECONDS = 0.2  # of CPU time, so that a fuzzer of little priority keeps to its own limit
+SECONDS = 0.2  # of CPU time, so that a fuzzer of little priority keeps to its own limit
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head", "x" * 100)
 
 
@@ -26,7 +27,8 @@ def one(data: bytes) -> bool:
             scalings = [config.scaling(module, 4) for module in MODULES]
             return config, scalings, [config.targets(module) for module in MODULES]
 
-    found = taken(read)
+    with patch.object(patterns, "_SECONDS", SECONDS):
+        found = taken(read)
     if found is None:
         return False
     config, scalings, _ = found
