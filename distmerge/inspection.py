@@ -14,6 +14,7 @@ from distmerge.checkpoint.base import RECEIPT, read_base
 from distmerge.checkpoint.packing import Foreign
 from distmerge.errors import InputError, printable
 from distmerge.progress import gigabytes
+from distmerge.redaction import redacted
 
 _MAX_LISTED = 12
 
@@ -98,7 +99,7 @@ def _described(adapter: Adapter) -> dict[str, Any]:
     facts = {
         "type": config.peft_type + " (DoRA)" * config.use_dora,
         "mergeable": "yes" if not config.init else f"yes, with the base as it was before {config.init} changed it",
-        "base_model": config.base_model or "not told",
+        "base_model": redacted(config.base_model) or "not told",
         "tensors": len(specs),
         "parameters": sum(spec.numel for spec in specs.values()),
         "bytes": sum(spec.nbytes for spec in specs.values()),

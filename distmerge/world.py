@@ -29,6 +29,7 @@ from torch.distributed import DistError
 from distmerge.errors import DistmergeError, Interrupted, MachineError, PeerFailed, UsageError
 from distmerge.launcher import RUN_PREFIX, Ended, end, fork_ranks, listen, noting, rank_variables, start_ranks, watch
 from distmerge.parent import die_with_parent, launched
+from distmerge.redaction import redacted
 
 _VALUE_NBYTES = 4 << 20  # the store drops a client that sends more than 8 MiB at once
 _POLL_SECONDS = (0.002, 0.05)  # for each rank, since one store answers all; and at most
@@ -180,7 +181,8 @@ class World:
     def fail(self, error: BaseException) -> bool:
         """Tells every rank that this one has failed. True if it is the first, and so the one to speak."""
         exit_code = error.exit_code if isinstance(error, DistmergeError) else 1
-        words = json.dumps({"rank": self.place.rank, "exit_code": exit_code, "what": str(error)[:2000]})
+        what = redacted(str(error))[:2000]
+        words = json.dumps({"rank": self.place.rank, "exit_code": exit_code, "what": what})
         try:
             won: bytes = self._store.compare_set("failure", "", words)
         except (DistError, RuntimeError):

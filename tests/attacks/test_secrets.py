@@ -12,6 +12,7 @@ import pytest
 from distmerge import AdapterChoice, MergeConfig, launcher
 from distmerge.adapter.saved import pickles
 from distmerge.errors import MachineError, UsageError
+from distmerge.inspection import inspect
 from distmerge.report.folder import write_report
 from distmerge.work import WorkFolder
 from tests.attacks.scene import Scene
@@ -50,6 +51,7 @@ def test_what_a_run_writes_and_says_holds_no_secret(
     assert hold(scene.folder) == []
     said = capfd.readouterr()
     assert all(word not in said.out + said.err for word in (TOKEN, PASSWORD))
+    assert TOKEN not in str(inspect(kept))
     receipt = json.loads((scene.output / "merge_receipt.json").read_text())
     assert receipt["adapters"][0]["base_model"] == "https://***@huggingface.co/org/base?access_token=***"
 
