@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any, Literal
@@ -131,11 +132,13 @@ def time_limit(where: str, *, num_names: int = 0) -> Iterator[None]:
     """Raises InputError when matching in the body takes longer than a few seconds of CPU time, and a millisecond for
     each of `num_names`: a pattern may take time that is exponential in a name's length.
 
-    In the main thread a signal ends it. Signals reach no other thread, and a match lets no other run: there what
-    `matched` is asked goes to a process that has the limit, and the rest of the body is unbounded.
+    In the main thread a signal ends it. Signals reach no other thread, and a match lets no other run: there, and where
+    the signal has a handler that Python cannot give back, what `matched` is asked goes to a process that has the limit,
+    and the rest of the body is unbounded.
     """
     seconds = _SECONDS + num_names / 1000
-    with _signalled(where, seconds) if threading.current_thread() is threading.main_thread() else _sent(where, seconds):
+    in_main = threading.current_thread() is threading.main_thread()
+    with (_signalled if in_main and signal.getsignal(signal.SIGPROF) is not None else _sent)(where, seconds):
         yield
 
 
@@ -149,15 +152,19 @@ def _too_long(where: str, seconds: float) -> InputError:
 
 @contextlib.contextmanager
 def _signalled(where: str, seconds: float) -> Iterator[None]:
+    end = time.thread_time() + seconds
+
     def expire(number: int, frame: FrameType | None) -> Any:
-        raise _too_long(where, seconds)
+        if (left := end - time.thread_time()) <= 0:
+            raise _too_long(where, seconds)
+        signal.setitimer(signal.ITIMER_PROF, left)  # it counts what other threads take, too
 
     before = signal.signal(signal.SIGPROF, expire)
-    left, _ = signal.setitimer(signal.ITIMER_PROF, seconds)
+    timer = signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_PROF, left)  # of the limit around this one, if there is one
+        signal.setitimer(signal.ITIMER_PROF, *timer)  # of the limit around this one, or of a profiler
         signal.signal(signal.SIGPROF, before)
 
 

@@ -394,5 +394,5 @@ def untouched_targets(adapter: Adapter, base: Base) -> list[str]:
         for name, stored in base.tensors.items()
         if name.endswith(".weight") and len(stored.shape) == 2
     )
-    with time_limit(str(adapter.folder / CONFIG)):
+    with time_limit(str(adapter.folder / CONFIG), num_names=len(base.tensors)):
         return [module for module in modules if module not in touched and adapter.config.targets(module)]
