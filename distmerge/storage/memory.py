@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 _UNLIMITED = 1 << 60  # what version 1 writes for no limit is a little less than 2^63
-_CACHE = ("active_file", "inactive_file", "total_active_file", "total_inactive_file")  # the kernel gives it back
+_CACHE = ("active_file", "inactive_file", "slab_reclaimable")  # of version 2: the kernel gives it back
+_ALL_CACHE = ("total_active_file", "total_inactive_file")  # of version 1, with the groups below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ def _group_limits(root: Path) -> Iterator[Limit]:
                 limit = _number(group / maximum)
                 if limit is not None and limit < _UNLIMITED:
                     stat = _counters(group / "memory.stat")
-                    cache = max(sum(stat.get(name, 0) for name in part) for part in (_CACHE[:2], _CACHE[2:]))
+                    cache = max(sum(stat.get(name, 0) for name in part) for part in (_CACHE, _ALL_CACHE))
                     left = max(0, limit - max(0, (_number(group / usage) or 0) - cache))
                     name = f"the control group {group.relative_to(root) if root != Path('/') else group}"
                     yield Limit(name=name, nbytes=limit, left=left, shared=True)
@@ -107,6 +108,6 @@ def _number(path: Path) -> int | None:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="surrogateescape")  # paths are bytes
     except OSError:
         return None

@@ -48,7 +48,7 @@ def test_a_group_of_version_2_and_its_parents_are_limits_and_their_file_cache_is
     files: dict[str, str | int] = {
         f"{job}/memory.max": 8 * GIB,
         f"{job}/memory.current": 5 * GIB,
-        f"{job}/memory.stat": f"anon {2 * GIB}\nactive_file {GIB}\ninactive_file {2 * GIB}\n",
+        f"{job}/memory.stat": f"anon {2 * GIB}\nactive_file {GIB}\ninactive_file {GIB}\nslab_reclaimable {GIB}\n",
         f"{job}/step/memory.max": "max",
         "sys/fs/cgroup/slurm/memory.max": 7 * GIB,
         "sys/fs/cgroup/slurm/memory.current": 6 * GIB,
@@ -77,6 +77,16 @@ def test_a_group_of_version_1_is_a_limit_wherever_it_is_mounted(shown: str, told
     mounts = "\n".join([OTHER, mount(shown, "/sys/fs/cgroup/memory", V1)])
     root = machine(tmp_path, files, cgroup=f"5:cpu:/\n4:memory:{told}\n0::/elsewhere", mounts=mounts)
     assert of_groups(memory_limits(root)) == {f"the control group {here}": (3 * GIB, 2 * GIB + 7)}
+
+
+def test_a_mount_whose_name_is_no_utf_8_is_no_error(tmp_path: Path) -> None:
+    group = os.fsdecode(b"caf\xe9")
+    files: dict[str, str | int] = {f"sys/fs/cgroup/{group}/memory.max": GIB}
+    mounts = [mount("/", "/media/\xe9", "vfat x rw"), mount("/", "/sys/fs/cgroup", V2)]
+    machine(tmp_path, files, cgroup="", mounts="")
+    (tmp_path / "proc/self/cgroup").write_bytes(b"0::/caf\xe9\n")
+    (tmp_path / "proc/self/mountinfo").write_bytes("\n".join(mounts).encode("latin-1"))
+    assert of_groups(memory_limits(tmp_path)) == {f"the control group sys/fs/cgroup/{group}": (GIB, GIB)}
 
 
 def test_what_the_kernel_does_not_tell_is_no_limit(tmp_path: Path) -> None:
