@@ -80,13 +80,14 @@ class Share:
         self._earlier = work.done(plan)
         local_size = world.place.local_size
         wanted = wanted_lanes(local_size)
+        budget = budget_here(plan, config.memory_budget, local_size, begun=True)
         self._stream = Stream(
             plan,
             config.base,
             tuple(adapter.home for adapter in config.all_adapters),
             lambda number: work.open_file(plan, number),
             device=device,
-            num_lanes=count_lanes(plan, budget_here(plan, config.memory_budget, local_size), wanted=wanted),
+            num_lanes=count_lanes(plan, budget, wanted=wanted),
         )
         self._running: tuple[Running, float] | None = None
         self._followers = Followers(
