@@ -44,10 +44,10 @@ def check_room(plan: Plan, output: Path, model: Path) -> None:
 
 
 class RoomWatch:
-    """Looks at the file system every few seconds while the output of `plan` grows in `model`."""
+    """Looks at the file system every few seconds while the weight files of `plan` grow in `model`."""
 
     def __init__(self, plan: Plan, output: Path, model: Path) -> None:
-        self._needed, self._output, self._model = room_needed(plan), output, model
+        self._needed, self._output, self._model = plan.nbytes_to_write, output, model
         self._looked = time.monotonic()
 
     def is_due(self) -> bool:
@@ -55,14 +55,15 @@ class RoomWatch:
         return time.monotonic() - self._looked > _WATCH_SECONDS
 
     def check(self, nbytes_done: int) -> None:
-        """Raises MachineError if what is free is less than what is missing of the output, of which `nbytes_done` bytes
-        were written or found."""
+        """Raises MachineError if what is free is less than what is missing of the weight files, of which `nbytes_done`
+        bytes were written or found. The little that comes after them may have room by then."""
         self._looked = time.monotonic()
+        free = free_nbytes(self._output.parent)  # first: what is there grows while one looks
         # What was reserved is there before it is written; where nothing can be, the disk may learn of it late.
         missing = self._needed - max(nbytes_done, _nbytes_in(self._model))
-        if (free := free_nbytes(self._output.parent)) < missing:
+        if free < missing:
             raise MachineError(
-                f"the output still needs {missing:,} bytes, {free:,} are free: something else takes the room",
+                f"the weight files still need {missing:,} bytes, {free:,} are free: something else takes the room",
                 where=str(self._output.parent),
                 hint="free some room, then run the same command again: it resumes",
             )

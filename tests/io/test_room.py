@@ -92,7 +92,8 @@ def test_a_run_whose_room_is_taken_stops_with_what_is_missing_and_resumes(
             return begin(self, number, *args)
 
         inside.setattr(Stream, "begin", filled)
-        with pytest.raises(MachineError, match=r"still needs [\d,]+ bytes, 0 are free") as caught:
+        inside.setattr("distmerge.work.allocate", lambda fd, nbytes, *_: os.ftruncate(fd, nbytes))  # reserves nothing
+        with pytest.raises(MachineError, match=r"still need [\d,]+ bytes, 0 are free") as caught:
             merge(base, adapter, tmp_path / "out")
     assert caught.value.where == str(tmp_path)
     assert "resumes" in caught.value.hint
@@ -109,14 +110,33 @@ def test_neither_what_was_reserved_nor_what_was_written_is_missing(
         file.truncate(plan.nbytes_to_write)
         if reserved:
             os.posix_fallocate(file.fileno(), 0, plan.nbytes_to_write)
-    watch, rest = RoomWatch(plan, tmp_path / "out", tmp_path), room_needed(plan) - plan.nbytes_to_write
-    usage(monkeypatch, f_frsize=1, f_bavail=rest)
+    watch = RoomWatch(plan, tmp_path / "out", tmp_path)
+    usage(monkeypatch, f_frsize=1, f_bavail=0)
     watch.check(plan.nbytes_to_write)
     if reserved:
         watch.check(0)
         return
-    with pytest.raises(MachineError, match=f"still needs {room_needed(plan) - 9:,} bytes"):
+    with pytest.raises(MachineError, match=f"still need {plan.nbytes_to_write - 9:,} bytes"):
         watch.check(9)
+
+
+def test_what_is_written_while_the_file_system_is_looked_at_is_not_missing(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = 0
+
+    def left() -> int:
+        """What is free, once a lane has written some more."""
+        nonlocal written
+        with (tmp_path / "model.safetensors.part").open("ab") as file:
+            file.write(b"\1" * 4096)
+        written += 4096
+        return plan.nbytes_to_write - written
+
+    monkeypatch.setattr(room, "free_nbytes", lambda _: left())
+    watch = RoomWatch(plan, tmp_path / "out", tmp_path)
+    for _ in range(3):
+        watch.check(0)
 
 
 # -- memory
@@ -154,6 +174,12 @@ def test_a_rank_takes_no_more_lanes_than_the_memory_that_is_left_holds(
 
     assert [budget_here(plan, 1 << 38, ranks) for ranks in (1, 2)] == [2 * left, left]
     assert budget_here(plan, 5, 1) == 5, "what was asked for is never exceeded"
+    least = plan.least_nbytes
+    limits[0] = dataclasses.replace(limits[0], left=least)
+    assert budget_here(plan, 1 << 38, 4, begun=True) == least, "others have taken their parts before"
+    limits[0] = dataclasses.replace(limits[0], left=least - 1)
+    with pytest.raises(MachineError, match=f"leaves {least - 1:,} to each of 1"):
+        budget_here(plan, 1 << 38, 4, begun=True)
     limits[0] = dataclasses.replace(limits[0], left=left)
     monkeypatch.setattr("distmerge.share.wanted_lanes", lambda _: 9)
     before = threading.active_count()
