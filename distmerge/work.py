@@ -242,7 +242,7 @@ class WorkFolder:
     def clear_after(self, plan: Plan) -> None:
         """Removes what a run that died after publishing `plan` has left behind."""
         earlier = read_manifest(self.path / _MANIFEST)
-        names = set(os.listdir(self.path)) if self.path.is_dir() else set()
+        names = set(_names(self.path)) if self.path.is_dir() else set()
         # Without a manifest, what only people read is nobody's.
         if names <= {"status.json", "events.jsonl"} if earlier is None else earlier.digest == plan.digest:
             self.discard()
@@ -253,7 +253,7 @@ class WorkFolder:
         with contextlib.suppress(OSError):  # under the lock: nobody can have made it anew
             fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                for name in sorted(os.listdir(fd), key=lambda name: name == _MANIFEST):
+                for name in sorted(_names(fd), key=lambda name: name == _MANIFEST):
                     if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
                         shutil.rmtree(name, dir_fd=fd)
                     else:
@@ -354,9 +354,14 @@ def _check_foreign(path: Path) -> None:
     ours = {".lock", "model", "done", "status.json", "events.jsonl", "replaced", _MANIFEST}
     if path.is_symlink() or not path.is_dir():
         raise InputError("is there and is no work folder of distmerge", where=str(path), hint="move it away")
-    names = {entry.name for entry in path.iterdir()} - ours
+    names = set(_names(path)) - ours
     if any(not (name.startswith(".") and name.endswith(".tmp")) for name in names):  # a kill leaves unfinished ones
         raise InputError("holds files that are not of distmerge", where=str(path), hint="move it away")
+
+
+def _names(folder: Path | int) -> list[str]:
+    """The names in `folder`, but for those that an NFS client gives to files that were removed and are still open."""
+    return [name for name in os.listdir(folder) if not name.startswith(".nfs")]
 
 
 def _changes(before: dict[str, str], now: dict[str, str]) -> str:

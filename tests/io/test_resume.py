@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from distmerge.config import AdapterChoice, MergeConfig
-from distmerge.errors import InputError, Interrupted
+from distmerge.errors import InputError, Interrupted, MachineError
 from distmerge.journal import ShardRecord
 from distmerge.numerics.precision import full_precision
 from distmerge.plan import Plan, make_plan
 from distmerge.storage.files import replacing
 from distmerge.storage.records import encode
 from distmerge.stream import Stream
+from distmerge.unchanged import check_unchanged
 from distmerge.work import WorkFolder
 from tests.conftest import Command, tree
 from tests.factories import edit_json, merge
@@ -196,6 +197,39 @@ def test_other_inputs_are_refused(changed: str, base: Path, adapter: Path, other
     with pytest.raises(InputError, match="holds an unfinished merge of other inputs or options"):
         merge(copied, weighted, half.output)
     assert not half.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda path: os.utime(path, ns=(5, 5)), r"its time was [\d.]+, it is 0\.000"),
+        (lambda path: path.write_bytes(b"\0" * 7), r"it had \d+ bytes, it has 7"),
+    ],
+    ids=["touched", "cut"],
+)
+def test_a_base_that_changed_during_the_merge_is_named_with_what_changed_and_the_work_is_thrown_away(
+    harm: Callable[[Path], None], words: str, *, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(base, tmp_path / "base"))
+    config = MergeConfig(base=base, adapters=(AdapterChoice(folder=adapter),), output=tmp_path / "out", device="cpu")
+    plan, work = make_plan(config, "cpu"), WorkFolder(tmp_path / "out")
+    work.open(plan)
+    check_unchanged(config, plan, work)
+    path = max(base.glob("*.safetensors"))
+    harm(path)
+    with pytest.raises(MachineError, match=words) as caught:
+        check_unchanged(config, plan, work)
+    assert caught.value.where == str(path)
+    assert not work.path.exists()
+
+
+def test_what_an_nfs_client_keeps_of_open_files_that_are_gone_is_nobodys(
+    base: Path, adapter: Path, merged: Path, tmp_path: Path
+) -> None:
+    half = Halfway(base, adapter, tmp_path / "out", count=1)
+    (half.work.path / ".nfs000000000001").touch()  # of status.json, which somebody watches
+    assert tree(merge(base, adapter, half.output)) == tree(merged)
+    assert os.listdir(half.work.path) == [".nfs000000000001"]
 
 
 def test_an_unfinished_merge_of_another_layout_is_refused(
