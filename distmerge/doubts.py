@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from distmerge.adapter.naming.names import Names
 from distmerge.adapter.peft_adapter import Adapter
 from distmerge.adapter.resolve import untouched_targets
@@ -32,9 +34,12 @@ def doubts(adapter: Adapter, names: Names, config: MergeConfig) -> list[str]:
 
 
 def _wider_than_they_need(adapter: Adapter) -> list[str]:
-    """The modules whose factors have a larger r than their delta has rows or columns."""
+    """The modules whose factors have a larger r than their delta has rows or columns; none where parameters are tuned,
+    since lora_A has r rows for each of their experts."""
+    if adapter.config.target_parameters:
+        return []
     pairs = {name: (roles.get("lora_A.weight"), roles.get("lora_B.weight")) for name, roles in adapter.modules.items()}
-    return [name for name, (a, b) in pairs.items() if a and b and a.size[0] > min(a.size[-1], b.size[0])]
+    return [name for name, (a, b) in pairs.items() if a and b and a.size[0] > min(math.prod(a.size[1:]), b.size[0])]
 
 
 def _never_seen(adapter: Adapter, base: Base) -> list[str]:

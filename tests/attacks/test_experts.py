@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import distmerge
 from tests.attacks.scene import FRONT, WEIGHTS, Scene
 from tests.conftest import digests
 from tests.factories import load_folder, write_base
@@ -51,6 +52,8 @@ def delta(tensors: dict[str, Tensor], inner: str, *, expert_major: bool = False)
 
 
 def test_the_experts_themselves_merge(experts: Scene) -> None:
+    warnings = distmerge.plan(experts.config()).warnings
+    assert not any("r is larger" in text for text in warnings), "lora_A has r rows for each expert"
     experts.merge()
     merged, base = load_folder(experts.output), load_folder(experts.base)
     assert torch.allclose(merged[UP], base[UP] + delta(BOTH, ".base_layer"), atol=1e-5)
