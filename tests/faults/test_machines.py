@@ -123,16 +123,28 @@ def test_a_disk_that_fills_up_is_named_and_the_merge_goes_on_when_there_is_room(
 
 @needs_root
 def test_a_file_system_without_inodes_is_named(scene: Scene, tmp_path: Path) -> None:
-    codes = []
-    for number in range(4, 60, 5):
-        with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size=4m,nr_inodes={number}", "tmpfs") as disk:
-            attempt = scene.attempt(disk / "1" / "out")
-            assert attempt.code in (0, 5), attempt.words
-            assert attempt.code == 0 or "ENOSPC" in attempt.words or "inodes" in attempt.words
-            assert attempt.said_well(), attempt.words
-            scene.assert_absent_or_whole(disk / "1" / "out")
-            codes.append(attempt.code)
-    assert {*codes} == {0, 5}
+    options = ("-t", "tmpfs", "-o", "size=4m,nr_inodes=64", "tmpfs")
+    for moment in (0, 4, 12, 30, 60):
+        with mounted(tmp_path / "disk", *options) as disk:
+            output = disk / "1" / "out"
+            stopped = scene.attempt(output, calls=CHANGES, nth=moment, kind="stop") if moment else None
+            output.parent.mkdir(exist_ok=True)
+            fillers = disk / "fillers"
+            fillers.mkdir()
+            with contextlib.suppress(OSError):
+                for number in range(64):
+                    (fillers / str(number)).touch()
+            if stopped is not None:
+                attempt = scene.parent.signal(stopped.pid, signal.SIGCONT)
+                assert attempt.code == 5, attempt.words
+                assert "ENOSPC" in attempt.words or "inodes" in attempt.words
+                assert attempt.said_well(), attempt.words
+                scene.assert_absent_or_whole(output)
+            refused = scene.attempt(output)
+            assert refused.code == 5, refused.words
+            assert "(inodes)" in refused.errors[0]
+            shutil.rmtree(fillers)
+            scene.assert_finishes(output)
 
 
 @needs_root
