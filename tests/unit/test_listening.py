@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 
 def listening(port: int) -> set[str]:
     """The addresses at which something listens at `port`, as the kernel writes them."""
-    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    tables = Path("/proc/net").glob("tcp*")  # tcp6 only where there is IPv6
+    rows = [row.split() for table in tables for row in table.read_text().splitlines()[1:]]
     places = [row[1].split(":") for row in rows if row[3] == "0A"]
     return {address for address, number in places if int(number, 16) == port}
 
