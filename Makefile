@@ -82,7 +82,7 @@ release: $(VENV)/tools
 	git archive --prefix=distmerge/ HEAD | tar -x -C dist
 	$(BIN)/python -m build -q --outdir dist dist/distmerge
 	$(PYTHON) -m venv dist/tried
-	dist/tried/bin/python -m pip install -q -c constraints.txt dist/*.whl numpy
+	dist/tried/bin/python -m pip install -q -c constraints.txt dist/*.whl
 	cd dist && env -u PYTHONPATH tried/bin/distmerge demo
 	$(BIN)/cyclonedx-py environment dist/tried/bin/python --output-reproducible --of JSON -o dist/distmerge.cdx.json
 	rm -rf dist/distmerge dist/tried dist/distmerge-demo
@@ -116,6 +116,7 @@ $(VENV)/tools: $(VENV)/bin/python
 
 $(VENV)/fuzz: $(VENV)/dev
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -c "import atheris"
 	touch $@
 
 clean:
