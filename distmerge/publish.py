@@ -13,7 +13,7 @@ from typing import Any
 from distmerge.checkpoint.base import INDEX, RECEIPT, SINGLE, folder_name
 from distmerge.checkpoint.sidefiles import copy_side_file
 from distmerge.config import MergeConfig
-from distmerge.errors import InputError, MachineError, VerifyError, listing, printable
+from distmerge.errors import FAILED_STORAGE, InputError, MachineError, VerifyError, listing, printable
 from distmerge.input_files import InputRecord
 from distmerge.journal import ShardRecord
 from distmerge.plan import Plan
@@ -210,7 +210,7 @@ def _read_back(folder: Path, digests: dict[str, str]) -> None:
             raise VerifyError(
                 "was read back with other bytes than were written",
                 where=str(folder / name),
-                hint="disk, memory or network storage has failed; run the same command again",
+                hint=FAILED_STORAGE,
             )
 
 
