@@ -51,9 +51,14 @@ class Reader:
             os.close(fd)
         self._fds = {}
 
+    @property
+    def has_many_open(self) -> bool:
+        """True if it is time to `trim`."""
+        return len(self._fds) > _MAX_OPEN
+
     def trim(self) -> None:
         """Closes the files if many are open. Only while no thread reads."""
-        if len(self._fds) > _MAX_OPEN:
+        if self.has_many_open:
             self.close()
 
     def buffers(self) -> Buffers:

@@ -126,6 +126,7 @@ class Stream:
         self._reader = Reader(plan, base, adapters, device)
         self._lanes = Lanes(plan, self._reader, device, num_lanes)
         self._first_pass = FirstPass(plan, self._reader, self._lanes)
+        self._num_running = 0
         self.nbytes_done = 0
 
     @property
@@ -152,7 +153,9 @@ class Stream:
         """Sets the lanes to write segment `number`; once they have its last block, the next one that `follows` may be
         begun. Raises as `run` does."""
         segment = self._plan.segments[number]
-        self._close_others(segment.file)
+        if self._num_running == 0:  # lanes that are ending another segment have files in use
+            self._close_others(segment.file)
+        self._num_running += 1
         known = _Known(shared=self._share(segment))
         done: list[_Done] = []
         *first, last = _batches(self._plan, segment)
@@ -162,16 +165,18 @@ class Stream:
 
     def follows(self, number: int, running: Running) -> bool:
         """True if segment `number` may begin before `running` is finished: it is of the same file, and what must be
-        known of a whole tensor is not kept for two of them."""
+        known of a whole tensor is not kept for two of them. False now and then, so that files can be closed."""
         one, other = (self._plan.segments[each] for each in (number, running.segment))
         tasks = [self._plan.tasks[piece.task] for segment in (one, other) for piece in segment.pieces]
         plain = all(task.form is None and not isinstance(task.source.packing, Simulated) for task in tasks)
-        return one.file == other.file and plain and not self._plan.combine.prunes
+        alike = one.file == other.file and plain and not self._plan.combine.prunes
+        return alike and not self._reader.has_many_open
 
     def finish(self, running: Running, tick: Callable[[], None]) -> SegmentRecord:
         """The record of what was begun, once it is written. Raises as `run` does."""
         segment = self._plan.segments[running.segment]
         done = sorted([*running.done, *running.batch.finish(tick)], key=_place)
+        self._num_running -= 1
         if self._forgets:
             self._forget(segment)
         by_piece = {i: list(blocks) for i, blocks in groupby(done, key=lambda block: block.piece)}
@@ -272,7 +277,7 @@ class Stream:
                 self._reader.forget(task, *task.elements(piece.first, piece.last))
 
     def _close_others(self, file: int) -> None:
-        """Between segments no lane works: closes what the next one need not have open."""
+        """Closes what the next segment need not have open. Only while no lane works."""
         self._reader.trim()
         for other in [number for number in self._outputs if number != file]:
             os.close(self._outputs.pop(other))

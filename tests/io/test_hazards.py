@@ -7,14 +7,17 @@ import os
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import distmerge
-from distmerge import AdapterChoice, MergeConfig
+from distmerge import AdapterChoice, MergeConfig, reader, stream
 from distmerge.errors import MachineError, VerifyError
 from distmerge.journal import ShardRecord
 from distmerge.plan import Plan
@@ -120,3 +123,37 @@ def test_a_base_file_of_the_same_length_and_another_header_is_not_read(tmp_path:
     with pytest.raises(MachineError, match="not the file that the merge was planned with") as caught:
         reader.read(plan.tasks[0].source.data, 0, memoryview(bytearray(2)))
     assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("grew", [False, True], ids=["when asked", "a moment later"])
+def test_files_are_closed_only_while_no_lane_reads(grew: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a base of very many files, some that lanes still read when the next segment begins; a number that is closed
+    may be another file's an instant later."""
+    weights = {f"model.layers.{number}.self_attn.q_proj": torch.ones(1024, 1024) for number in range(10)}
+    base = write_base(tmp_path / "base", {f"{name}.weight": weight for name, weight in weights.items()})
+    lora = write_adapter(tmp_path / "lora", {name: (torch.ones(1, 1024), torch.ones(1024, 1)) for name in weights})
+    busy, write, close = set[int](), stream.write_values, Reader.close
+    closed = 0
+
+    def slow(*args: Any) -> Any:
+        busy.add(threading.get_ident())
+        time.sleep(0.005)
+        try:
+            return write(*args)
+        finally:
+            busy.remove(threading.get_ident())
+
+    def noted(self: Reader) -> None:
+        nonlocal closed
+        assert not busy
+        closed += 1
+        close(self)
+
+    monkeypatch.setattr(reader, "_MAX_OPEN", 0)
+    monkeypatch.setattr(stream, "write_values", slow)
+    monkeypatch.setattr(Reader, "close", noted)
+    monkeypatch.setattr("distmerge.share.wanted_lanes", lambda _: 2)
+    if grew:
+        monkeypatch.setattr(stream.Stream, "follows", lambda *_: True)
+    assert len(load_folder(merge(base, lora, tmp_path / "out", digest="none"))) == 10
+    assert closed == (1 if grew else 3), "before each segment that none is running at, and at the end"
