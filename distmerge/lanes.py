@@ -48,6 +48,11 @@ class Lane:
             self._stream.synchronize()
         return self.view[:nbytes]
 
+    def settle(self) -> None:
+        """Waits for what is queued: memory that a lane gives up is handed out again at once, and not in its order."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
 
 class Batch(Generic[B, R]):
     """Blocks that lanes are at work on."""
@@ -63,17 +68,18 @@ class Batch(Generic[B, R]):
         """
         while not self._feed.ended.wait(_POLL_SECONDS):
             tick()
+            if all(lane.done() for lane in self._lanes) and not self._goes_on():
+                return  # not one could begin
 
     def finish(self, tick: Callable[[], None]) -> list[R]:
         """What was done, in any order. After an error no further block is begun. `tick` as above."""
         pending = set(self._lanes)
         try:
             while pending:
-                _, pending = wait(pending, timeout=_POLL_SECONDS)
+                pending = wait(pending, timeout=_POLL_SECONDS).not_done
                 tick()
-                if not pending and self._feed.has_more():  # given up when no other lane was at work
-                    self._lanes += (again := self._again())
-                    pending = set(again)
+                if not pending and self._goes_on():
+                    pending = set(self._lanes)
         finally:
             self._feed.stop()
             wait(self._lanes)
@@ -81,14 +87,27 @@ class Batch(Generic[B, R]):
             lane.result()
         return self._results
 
+    def _goes_on(self) -> bool:
+        """True if blocks were given up when no other lane was at work; lanes are sent for them."""
+        if more := self._feed.has_more():
+            self._lanes += self._again()
+        return more
+
 
 class Lanes:
-    """`num_lanes` lanes for the blocks of `plan`, on `device`. Where memory runs out a lane gives up its buffers, for
-    good, and its block, which another one does: fewer lanes, but the same blocks."""
+    """`num_lanes` lanes for the blocks of `plan`, on `device`, or as many as memory holds. Where it runs out later a
+    lane gives up its buffers, for good, and its block, which another one does: fewer lanes, but the same blocks."""
 
     def __init__(self, plan: Plan, reader: Reader, device: torch.device, num_lanes: int) -> None:
+        self._lanes: list[Lane] = []
         with memory_errors():
-            self._lanes = [Lane(plan, device, reader.buffers()) for _ in range(num_lanes)]
+            for _ in range(num_lanes):
+                try:
+                    self._lanes.append(Lane(plan, device, reader.buffers()))
+                except (MemoryError, RuntimeError) as error:
+                    if not self._lanes or not is_out_of_memory(error):
+                        raise
+                    break
         self._leaving = threading.Lock()
         self._free = SimpleQueue[Lane]()
         for lane in self._lanes:
@@ -139,6 +158,7 @@ class Lanes:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error) or not self._gives_up(lane, num_lanes):
                     raise
+                lane.settle()
                 feed.give_back(block)
                 return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,8 +79,30 @@ def test_where_not_even_one_lane_has_memory_the_merge_ends_in_words_and_can_be_r
     assert tree(merge(base, adapter, tmp_path / "out")) == tree(merged)
 
 
+def test_where_there_is_memory_for_some_lanes_only_these_are_taken(
+    base: Path, adapter: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, made, error = Memory(monkeypatch, room=3, error=ERRORS["host"]), Lane.__init__, ERRORS["accelerator"]
+    count = 0
+
+    def scarce(lane: Lane, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > room:
+            raise error()
+        made(lane, *args)
+
+    monkeypatch.setattr(Lane, "__init__", scarce)
+    room = 2
+    assert tree(merge(base, adapter, tmp_path / "out")) == tree(merged)
+    assert len(memory.lanes) == 2
+    count, room = 0, 0
+    with pytest.raises(MachineError, match="out of memory"):
+        merge(base, adapter, tmp_path / "none")
+
+
 def test_blocks_that_all_lanes_give_up_at_once_are_done_by_the_one_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distmerge.lanes.Lane", lambda *_: SimpleNamespace(clock=Clock()))
+    monkeypatch.setattr("distmerge.lanes.Lane", lambda *_: SimpleNamespace(clock=Clock(), settle=lambda: None))
     reader: Any = SimpleNamespace(buffers=lambda: None)
     plan: Any = None
     lanes = Lanes(plan, reader, torch.device("cpu"), 2)
@@ -92,6 +115,13 @@ def test_blocks_that_all_lanes_give_up_at_once_are_done_by_the_one_that_stays(mo
             raise torch.OutOfMemoryError("both")
         return block
 
-    assert sorted(lanes.each(iter(range(5)), work, lambda: None)) == [0, 1, 2, 3, 4]
+    deadline = time.monotonic() + 20
+
+    def tick() -> None:
+        assert time.monotonic() < deadline, "nobody takes what was given up"
+
+    batch = lanes.begin(iter(range(5)), work)
+    batch.handed_out(tick)
+    assert sorted(batch.finish(tick)) == [0, 1, 2, 3, 4]
     assert len(lanes._lanes) == 1
     lanes.close()
