@@ -103,16 +103,19 @@ class Change:
         if self.operator != LORA:
             return 0
         n, r, cols = self.tensors["a"].size
-        if self.transposed:
-            n, cols, r = self.tensors["b"].size
+        if self.transposed:  # b may have its rows in several dimensions
+            cols = self.tensors["b"].numel // max(n * r, 1)
         return 4 * n * r * -(-cols // PANEL) * PANEL
 
     @property
     def loading_nbytes(self) -> int:
         """Bytes that reading its tensors takes beside what is held: as stored, and for computing with them."""
-        stored = sum(view.nbytes_read for view in self.tensors.values())
-        squares = 24 * self.r**2 if self.operator == LORA else 0
-        return stored + sum(4 * view.numel for view in self.tensors.values()) + squares + self.computed.nbytes
+        stored = sum(view.nbytes_read + 4 * view.numel for view in self.tensors.values())
+        if self.operator != LORA:
+            return stored + self.computed.nbytes
+        # Norms and singular values are computed in float64, of one matrix after the other.
+        wide = sum(8 * view.numel // max(view.size[0], 1) for view in self.tensors.values())
+        return max(stored, wide) + 24 * self.r**2
 
     @property
     def r(self) -> int:

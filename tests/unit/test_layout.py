@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -228,3 +229,23 @@ def test_a_file_that_nothing_is_copied_to_has_the_shortest_header_and_a_tensor_t
     assert file.data_begin == len(build_header([(t.name, t.dtype, t.source.shape) for t in tasks]))
     _, tasks = place({"f": shard(r=0)})
     assert [(task.begin - task.source.data.begin) % BLOCK_NBYTES == 0 for task in tasks] == [False, True, False]
+
+
+def test_loading_16_bit_factors_has_room_for_them_in_float64() -> None:
+    (change,) = task_of(wanted("t", (64, 4096), r=16)).changes
+    tensors = {
+        role: replace(view, spec=replace(view.spec, dtype="BF16", nbytes=view.spec.nbytes // 2))
+        for role, view in change.tensors.items()
+    }
+    assert replace(change, tensors=tensors).loading_nbytes == 8 * 16 * (64 + 4096) + 24 * 16**2
+    stack = {role: replace(view, size=(4, *view.size[1:])) for role, view in tensors.items()}
+    assert replace(change, tensors=stack).loading_nbytes == (4 * 4 + 2) * 16 * (64 + 4096) + 24 * 16**2, "one by one"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_a_change_holds_counts_the_panels_of_its_wide_factor(transposed: bool) -> None:
+    (change,) = task_of(wanted("t", (64, 100), r=3)).changes
+    b = change.tensors["b"]
+    b = replace(b, size=(1, 2, 32, 3), stride=(0, 96, 3, 1))  # its rows in another order, as torchtune saves them
+    held = replace(change, tensors={**change.tensors, "b": b}, transposed=transposed).held_nbytes
+    assert held == 4 * 3 * (64 + 100) + 4 * 3 * (64 if transposed else 128)
