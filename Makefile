@@ -100,7 +100,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 
-$(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/run: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py $(wildcard distmerge/numerics/kernels/*)
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 

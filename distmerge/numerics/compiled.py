@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +16,7 @@ LARGEST_R = 256
 """Factors of a larger inner dimension are left to torch, whose products are cut to fit the caches."""
 
 _LIBRARY = __file__.removesuffix("compiled.py") + "libkernels.so"  # hatch_build.py puts it there
+_SOURCES = [__file__.removesuffix("compiled.py") + f"kernels/{name}" for name in ("block.h", "kernels.c", "level.h")]
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _MERGE_TYPES = (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, ctypes.c_float, _POINTER)
@@ -39,7 +41,7 @@ def arithmetic(device: str) -> str:
 def panels_of(a: Tensor) -> Tensor | None:
     """The panels of matrices `a` (n, r, cols), (n, columns of PANEL, r, PANEL); None where products are torch's."""
     n, r, cols = a.shape
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not 0 < r <= LARGEST_R or not _levels():
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not a.numel() or r > LARGEST_R or not _levels():
         return None
     width = -(-cols // PANEL) * PANEL
     padded = a if width == cols else torch.nn.functional.pad(a, (0, width - cols))
@@ -83,7 +85,7 @@ def _merge(base: Tensor, product: Product, out: Tensor, work: Tensor | None) -> 
     strides = {each.stride(0) if rows > 1 else cols for each in laid}
     if len(strides) > 1 or any(each.shape != base.shape or (cols > 1 and each.stride(1) != 1) for each in laid):
         raise ValueError("blocks of different shapes, or not in rows")
-    fits = product.b.shape == (rows, r) and width == PANEL and n * PANEL >= cols
+    fits = r > 0 and product.b.shape == (rows, r) and width == PANEL and n * PANEL >= cols
     plain = all(each.is_contiguous() and each.dtype == torch.float32 for each in (product.b, product.panels))
     if not fits or not plain:
         raise ValueError(f"b {tuple(product.b.shape)} and {n} panels of r {r} do not fit ({rows}, {cols})")
@@ -120,13 +122,24 @@ def _levels() -> tuple[str, ...]:
 def _library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(_LIBRARY)
-        library.levels.restype = ctypes.c_char_p
+        library.source.restype = library.levels.restype = ctypes.c_char_p
+        if library.source().decode() != _digest():
+            return None
         for level in library.levels().decode().split():
             for base in _NAMES.values():
                 for out in _NAMES.values():
                     for kind, types in (("merge", _MERGE_TYPES), ("measure", _MEASURE_TYPES)):
                         function = getattr(library, f"{kind}_{base}_{out}_{level}")
                         function.argtypes, function.restype = types, None
-    except (OSError, AttributeError):  # not built, for another machine, or from an older source
+    except (OSError, AttributeError):  # not built, or for another machine
         return None
     return library
+
+
+def _digest() -> str:
+    """What a library tells that was compiled from the sources beside it, and not from older ones. Raises OSError."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        with open(name, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()

@@ -43,9 +43,17 @@ def test_an_installation_without_a_compiler_gives_the_same_weights_and_the_same_
         assert found["tensors"][name] == tensor
 
 
-def test_a_library_that_lacks_a_function_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that was compiled from an older source and stayed where it was."""
-    monkeypatch.setattr(compiled, "_LIBRARY", ctypes.util.find_library("c"))
+@pytest.mark.parametrize("other", ["library", "source", "no source"])
+def test_a_library_of_another_source_is_not_used(other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was compiled before an update and stayed where it was."""
+    if other == "library":
+        monkeypatch.setattr(compiled, "_LIBRARY", ctypes.util.find_library("c"))
+    elif other == "source":
+        sources = [Path(shutil.copy(path, tmp_path)) for path in compiled._SOURCES]
+        sources[-1].write_text(sources[-1].read_text() + "//\n")
+        monkeypatch.setattr(compiled, "_SOURCES", sources)
+    else:
+        monkeypatch.setattr(compiled, "_SOURCES", [tmp_path / "none"])
     for known in (compiled._library, compiled._levels):
         known.cache_clear()
     assert compiled.arithmetic("cpu") == "torch"
@@ -71,3 +79,22 @@ def test_the_package_is_built_with_or_without_a_compiler(
     library = tmp_path / hatch_build.LIBRARY
     assert hatch_build.compiled(tmp_path) == (library if made else None)
     assert set(tmp_path.rglob("*")) == before | ({library} if made else set())
+    if made:
+        found = ctypes.CDLL(str(library)).source
+        found.restype = ctypes.c_char_p
+        assert found().decode() == compiled._digest()
+
+
+@pytest.mark.parametrize(("name", "value"), [("CC", "no-such-compiler"), ("DISTMERGE_PURE", "1")])
+def test_an_editable_installation_that_compiles_nothing_keeps_no_library(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hatch_build = pytest.importorskip("hatch_build", exc_type=ImportError)
+    library = tmp_path / hatch_build.LIBRARY
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setenv(name, value)
+    hook = hatch_build.CompiledKernels(str(tmp_path), {}, None, None, str(tmp_path), "wheel")
+    for version, stays in (("standard", True), ("editable", False)):
+        hook.initialize(version, data := {})
+        assert (library.exists(), data) == (stays, {})

@@ -151,6 +151,7 @@ def test_overflow_of_the_output_is_in_the_sums() -> None:
         lambda p: Product(b=p.b, panels=p.panels[:1], scaling=1.0),
         lambda p: Product(b=p.b, panels=p.panels[..., :31], scaling=1.0),
         lambda p: Product(b=p.b.double(), panels=p.panels, scaling=1.0),
+        lambda p: Product(b=p.b[:, :0].contiguous(), panels=p.panels[:, :0].contiguous(), scaling=1.0),
     ],
 )
 def test_factors_that_do_not_fit_are_refused(change: object) -> None:
@@ -164,7 +165,9 @@ def test_factors_that_do_not_fit_are_refused(change: object) -> None:
         add_product(torch.zeros(4, 64, dtype=torch.float64), product)
 
 
-def test_large_factors_and_other_dtypes_are_left_to_torch() -> None:
+def test_large_factors_empty_ones_and_other_dtypes_are_left_to_torch() -> None:
+    for shape in ((1, 0, 8), (1, 4, 0), (0, 4, 8)):
+        assert panels_of(torch.zeros(shape)) is None
     assert panels_of(torch.zeros(1, compiled.LARGEST_R + 1, 8)) is None
     assert panels_of(torch.zeros(1, 4, 8, dtype=torch.float64)) is None
     product = product_of(torch.zeros(1, 8), torch.zeros(2, 1), 1.0)
