@@ -212,7 +212,8 @@ def _check_alike(plan: Plan, config: MergeConfig, device: torch.device) -> None:
             raise MachineError(
                 f"{what} is {value}, on rank 0 it is {plan.fingerprint[what]}",
                 where=socket.gethostname(),
-                hint="all ranks need the same installation and the same type of device",
+                hint="all ranks need the same installation and the same type of device"
+                + ("; DISTMERGE_PURE=1 pip install compiles nothing" if what == "arithmetic" else ""),
             )
     for number, (choice, planned) in enumerate(zip(config.all_adapters, plan.adapters, strict=True)):
         used = used_tensors(plan.tasks, number) if planned.partial else ()
