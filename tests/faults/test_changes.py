@@ -155,7 +155,7 @@ ROT: dict[str, Callable[[Path], object]] = {
 def whole(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merge that was killed when both files were whole and recorded: the output that it would have had."""
     output = tmp_path_factory.mktemp("whole") / "1" / "out"
-    attempt = scene.attempt(output, calls=("rename",), nth=6, kind="kill")
+    attempt = scene.attempt(output, calls=("rename",), nth=3, kind="kill", below=work_of(output) / "model")
     assert attempt.code == -signal.SIGKILL
     assert len(list(work_of(output).glob("model/*.safetensors"))) == 2
     return output
@@ -185,7 +185,7 @@ def test_a_finished_file_of_zeros_that_is_gone_is_made_again(scene: Scene, room:
     """Its new, empty file has the checksums of the old one."""
     zeros = scene.of_zeros(room / "inputs")
     output = room / "1" / "out"
-    killed = zeros.attempt(output, calls=("rename",), nth=6, kind="kill")
+    killed = zeros.attempt(output, calls=("rename",), nth=3, kind="kill", below=work_of(output) / "model")
     assert killed.code == -signal.SIGKILL
     for path in work_of(output).glob("model/*.safetensors"):
         path.unlink()
