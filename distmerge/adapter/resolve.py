@@ -45,13 +45,10 @@ def resolve(adapter: Adapter, number: int, weight: float, base: Base) -> Resolve
 
     Raises InputError, naming the keys, for what the base lacks or what does not fit.
     """
-    config, num_names = str(adapter.folder / CONFIG), len(adapter.modules)
-    with time_limit(config, num_names=num_names):
-        paths = parameter_paths(adapter)
-    # Which may import transformers, and takes no pattern from the adapter.
+    paths = parameter_paths(adapter)
     names = find_names(paths, base, parse_rules(adapter.options.rules), adapter.where, also=list(adapter.full))
     refuse_foreign([*paths, *adapter.full], names, adapter.where)
-    with time_limit(config, num_names=num_names):
+    with time_limit(str(adapter.folder / CONFIG), num_names=len(adapter.modules)):
         found, replacements = effects(adapter, names)
         warnings = [*_untargeted(adapter), *_unsaved(adapter, names), *_alpha_warnings(adapter)]
         changes: dict[str, list[Change]] = {}
