@@ -62,6 +62,9 @@ def test_a_merged_element_is_a_chain_of_fused_operations_rounded_once(
     assert found is not None
     assert torch.equal(work, chained(base.float(), product, cols))
     assert torch.equal(out, work.to(out_dtype))
+    w, delta, left = base.double(), work.double() - base.double(), out.double() - base.double()
+    sums = [(w * w).sum(), (delta * delta).sum(), (left * left).sum(), (delta * left).sum()]
+    assert found == pytest.approx([*map(float, sums), int((left == 0).sum()), float(delta.abs().max())], rel=1e-4)
     again = torch.empty_like(out)
     assert merge_block(base, product, again) == found
     assert torch.equal(again, out)
