@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.harness import Bench, Sample, arguments, bench
 from distmerge.layout import BLOCK_NUMEL, MEASURED_NUMEL
-from distmerge.numerics.compiled import arithmetic, merge_block
+from distmerge.numerics.compiled import arithmetic, merge_block, unpack_codes
 from distmerge.numerics.lora import Factors, add_delta
 from distmerge.numerics.nf4 import NF4, pair_table, scale, unpack
 from distmerge.numerics.survival import measure
@@ -114,6 +114,7 @@ def _steps(blocks: Blocks) -> dict[str, Callable[[], Sample]]:
         "measure what is left": lambda: blocks.each(partial(_survival, blocks)),
     }
     if arithmetic("cpu") == "compiled":
+        steps["unpack NF4 at once"] = lambda: blocks.each(partial(_unpack_at_once, blocks))
         for r in (16, 64, 256):
             steps[f"merge at once, r {r}"] = partial(_at_once, blocks, r)
     steps |= {
@@ -165,6 +166,10 @@ def _write(blocks: Blocks, size: int, *, sync: bool = False) -> Sample:
 def _unpack(blocks: Blocks, _: int) -> None:
     unpack(blocks.packed, blocks.table, blocks.index, blocks.work)
     scale(blocks.work, blocks.absmax, first=0, blocksize=64)
+
+
+def _unpack_at_once(blocks: Blocks, _: int) -> None:
+    unpack_codes(blocks.packed, blocks.table, blocks.absmax, blocks.out, first=0, blocksize=64)
 
 
 def _survival(blocks: Blocks, _: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from distmerge.checkpoint.header import ITEMSIZE, TensorSpec
 from distmerge.checkpoint.packing import Foreign, FourBit, Packing, Scaled, Simulated, Stored
 from distmerge.numerics import nf4, scaled
+from distmerge.numerics.compiled import unpack_codes
 from distmerge.numerics.dtypes import torch_dtype
 from distmerge.numerics.packing4 import Nested
 from distmerge.numerics.survival import squared
@@ -101,34 +102,48 @@ class Dense:
     def _packed(self, buffers: Buffers, data: TensorSpec, packing: Packing, first: int, last: int) -> Tensor:
         if isinstance(packing, Foreign | Simulated) or first % packing.block_numel or last % packing.block_numel:
             raise ValueError(f"{data.name} is not read in elements [{first}, {last})")
-        values = self._codes(buffers, data, packing, first, last)
-        if isinstance(packing, FourBit):
-            nf4.scale(values, self._absmax(packing, first, last), first=first, blocksize=packing.blocksize)
-        else:
-            self._scale(values, packing, first, last)
         dense = buffers.dense.view(torch_dtype(packing.dtype))[: last - first]
+        if isinstance(packing, FourBit):
+            absmax = self._absmax(packing, first, last)
+            table = self._table(packing.quant_map, nf4.pair_table)
+            codes = self._pairs(buffers, data, first, last)
+            where = {"first": first, "blocksize": packing.blocksize}
+            if not packing.transposed and unpack_codes(codes, table, absmax, dense, **where):
+                return dense
+            values = self._looked_up(buffers, codes, table, first, last)
+            nf4.scale(values, absmax, **where)
+        else:
+            values = self._codes(buffers, data, packing, first, last)
+            self._scale(values, packing, first, last)
         if not packing.transposed:
             return dense.copy_(values)
         rows, cols = packing.shape[-2:]
         dense.view(-1, rows, cols).copy_(values.view(-1, cols, rows).mT)
         return dense
 
-    def _codes(self, buffers: Buffers, data: TensorSpec, packing: FourBit | Scaled, first: int, last: int) -> Tensor:
+    def _codes(self, buffers: Buffers, data: TensorSpec, packing: Scaled, first: int, last: int) -> Tensor:
         """Elements [first, last) as they are stored, in float32, without their scales."""
-        if isinstance(packing, Scaled) and not packing.halves:
-            self._read(data, first, buffers.view[: last - first])
-            if data.dtype == "I8":
-                return buffers.work[: last - first].copy_(buffers.upload(last - first).view(torch.int8))
-            pairs = -(-(last - first) // 2)
-            table = self._float8(torch_dtype(data.dtype))
-            stored = buffers.upload(2 * pairs).view(torch.uint16)  # of an odd number the last one means nothing
-            nf4.unpack(stored, table, buffers.index[:pairs], buffers.work[: 2 * pairs])
-            return buffers.work[: last - first]
-        odd, nbytes = first % 2, -(-last // 2) - first // 2
+        if packing.halves:
+            return self._looked_up(buffers, self._pairs(buffers, data, first, last), self._e2m1(), first, last)
+        self._read(data, first, buffers.view[: last - first])
+        if data.dtype == "I8":
+            return buffers.work[: last - first].copy_(buffers.upload(last - first).view(torch.int8))
+        pairs = -(-(last - first) // 2)
+        table = self._float8(torch_dtype(data.dtype))
+        stored = buffers.upload(2 * pairs).view(torch.uint16)  # of an odd number the last one means nothing
+        nf4.unpack(stored, table, buffers.index[:pairs], buffers.work[: 2 * pairs])
+        return buffers.work[: last - first]
+
+    def _pairs(self, buffers: Buffers, data: TensorSpec, first: int, last: int) -> Tensor:
+        """The bytes that hold the 4-bit codes of elements [first, last), on the device."""
+        nbytes = -(-last // 2) - first // 2
         self._read(data, first // 2, buffers.view[:nbytes])
-        table = self._e2m1() if isinstance(packing, Scaled) else self._table(packing.quant_map, nf4.pair_table)
-        nf4.unpack(buffers.upload(nbytes), table, buffers.index[:nbytes], buffers.work[: 2 * nbytes])
-        return buffers.work[odd : odd + last - first]
+        return buffers.upload(nbytes)
+
+    def _looked_up(self, buffers: Buffers, pairs: Tensor, table: Tensor, first: int, last: int) -> Tensor:
+        """What the 4-bit codes in `pairs` stand for, elements [first, last), in float32."""
+        nf4.unpack(pairs, table, buffers.index[: len(pairs)], buffers.work[: 2 * len(pairs)])
+        return buffers.work[first % 2 :][: last - first]
 
     def _scale(self, values: Tensor, packing: Scaled, first: int, last: int) -> None:
         """Multiplies `values`, elements [first, last) in the order of the file, by the scales of their blocks."""

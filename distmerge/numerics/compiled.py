@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,12 +16,14 @@ PANEL = 32
 LARGEST_R = 256
 """Factors of a larger inner dimension are left to torch, whose products are cut to fit the caches."""
 
+_PARTS = ("block.h", "codes.h", "kernels.c", "level.h")
 _LIBRARY = __file__.removesuffix("compiled.py") + "libkernels.so"  # hatch_build.py puts it there
-_SOURCES = [__file__.removesuffix("compiled.py") + f"kernels/{name}" for name in ("block.h", "kernels.c", "level.h")]
+_SOURCES = [__file__.removesuffix("compiled.py") + f"kernels/{name}" for name in _PARTS]
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _MERGE_TYPES = (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER, _POINTER, _INT, ctypes.c_float, _POINTER)
 _MEASURE_TYPES = (_POINTER, _POINTER, _POINTER, _INT, _POINTER)
+_UNPACK_TYPES = (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,37 @@ def measure_block(base: Tensor, work: Tensor, out: Tensor) -> list[float] | None
     return list(found)
 
 
+def unpack_codes(codes: Tensor, table: Tensor, scales: Tensor, out: Tensor, *, first: int, blocksize: int) -> bool:
+    """Writes elements `first` and following of a 4-bit tensor to `out`, flat: the bits of `nf4.unpack` and `nf4.scale`,
+    rounded once to the dtype of `out`.
+
+    `codes`, uint8, begins with the byte and `scales`, float32, with the scale of element `first`; `table` is
+    `nf4.pair_table`'s. False, and `out` is as it was, where it is not compiled for that, or a value is not finite.
+    """
+    if not _levels() or out.dtype not in _NAMES or out.device.type != "cpu":
+        return False
+    skipped, into = first % 2, first % blocksize
+    if (len(codes), len(scales)) != (-(-(skipped + len(out)) // 2), -(-(into + len(out)) // blocksize)):
+        raise ValueError(f"{len(codes)} bytes and {len(scales)} scales for {len(out)} elements from {first} on")
+    types = (codes.dtype, table.dtype, scales.dtype, table.shape)
+    flat = all(each.is_contiguous() for each in (codes, table, scales, out))
+    if types != (torch.uint8, torch.int64, torch.float32, (256,)) or not flat:
+        raise ValueError(f"codes, table and scales are {types}")
+    if not all(math.isfinite(each.sum().item()) for each in (scales, table.view(torch.float32))):
+        return False  # kernels need not keep what is not a number; a sum is no number where a term is none
+    _function("unpack", out.dtype)(
+        codes.data_ptr(),
+        skipped,
+        len(out),
+        table.data_ptr(),
+        scales.data_ptr(),
+        blocksize - into,
+        blocksize,
+        out.data_ptr(),
+    )
+    return True
+
+
 def _merge(base: Tensor, product: Product, out: Tensor, work: Tensor | None) -> list[float]:
     (rows, cols), (n, r, width) = base.shape, product.panels.shape
     laid = [each for each in (base, out, work) if each is not None]
@@ -107,8 +141,9 @@ def _merge(base: Tensor, product: Product, out: Tensor, work: Tensor | None) -> 
 
 
 @cache
-def _function(kind: str, base: torch.dtype, out: torch.dtype) -> ctypes._NamedFuncPointer:
-    return getattr(_library(), f"{kind}_{_NAMES[base]}_{_NAMES[out]}_{_levels()[0]}")  # type: ignore[no-any-return]
+def _function(kind: str, *dtypes: torch.dtype) -> ctypes._NamedFuncPointer:
+    name = "_".join((kind, *(_NAMES[dtype] for dtype in dtypes), _levels()[0]))
+    return getattr(_library(), name)  # type: ignore[no-any-return]
 
 
 @cache
@@ -126,11 +161,13 @@ def _library() -> ctypes.CDLL | None:
         if library.source().decode() != _digest():
             return None
         for level in library.levels().decode().split():
-            for base in _NAMES.values():
-                for out in _NAMES.values():
-                    for kind, types in (("merge", _MERGE_TYPES), ("measure", _MEASURE_TYPES)):
-                        function = getattr(library, f"{kind}_{base}_{out}_{level}")
-                        function.argtypes, function.restype = types, None
+            for out in _NAMES.values():
+                names: dict[str, tuple[type, ...]] = {f"unpack_{out}_{level}": _UNPACK_TYPES}
+                for base in _NAMES.values():
+                    names[f"merge_{base}_{out}_{level}"] = _MERGE_TYPES
+                    names[f"measure_{base}_{out}_{level}"] = _MEASURE_TYPES
+                for name, types in names.items():
+                    getattr(library, name).argtypes, getattr(library, name).restype = types, None
     except (OSError, AttributeError):  # not built, or for another machine
         return None
     return library

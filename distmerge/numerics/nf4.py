@@ -63,6 +63,6 @@ def nested_absmax(codes: Tensor, table: Tensor, scales: Tensor, *, first: int, b
     `table` is float32 (256,); `scales` those of the blocks from `first // blocksize` on, `first` being the index of
     `codes[0]`; `offset` the mean that was subtracted before.
     """
-    values = table[codes.long()]
+    values = table.index_select(0, codes.int())
     scale(values, scales, first=first, blocksize=blocksize)
     return values.add_(torch.tensor(offset, dtype=torch.float32, device=values.device))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distmerge.numerics import compiled
-from distmerge.numerics.compiled import Product, add_product, merge_block, panels_of
+from distmerge.numerics import compiled, nf4
+from distmerge.numerics.compiled import Product, add_product, merge_block, panels_of, unpack_codes
 
 pytestmark = pytest.mark.skipif(compiled.arithmetic("cpu") == "torch", reason="installed without a C compiler")
 
@@ -175,3 +175,60 @@ def test_large_factors_empty_ones_and_other_dtypes_are_left_to_torch() -> None:
     assert panels_of(torch.zeros(1, 4, 8, dtype=torch.float64)) is None
     product = product_of(torch.zeros(1, 8), torch.zeros(2, 1), 1.0)
     assert merge_block(torch.zeros(2, 8, dtype=torch.float64), product, torch.zeros(2, 8)) is None
+
+
+def four_bit(first: int, numel: int, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of elements [first, first + numel)."""
+    generator = torch.Generator().manual_seed(first + numel)
+    nbytes, blocks = (first + numel + 1) // 2 - first // 2, (first + numel - 1) // blocksize + 1 - first // blocksize
+    codes = torch.randint(0, 256, (nbytes,), generator=generator, dtype=torch.uint8)
+    return codes, torch.randn(blocks, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
+def test_an_unpacked_element_is_its_code_times_its_blocks_scale_rounded_once(
+    blocksize: int, kind: str, dtype: torch.dtype
+) -> None:
+    table = nf4.TABLES[kind]
+    for first in (0, 1, 32, 63, 64, 77, 1000):
+        for numel in (1, 2, 31, 32, 64, 65, 1000, 2048):
+            codes, scales = four_bit(first, numel, blocksize)
+            index = first % 2 + torch.arange(numel)
+            each = torch.where(index % 2 == 0, codes[index // 2] >> 4, codes[index // 2] & 15)
+            block = (first + torch.arange(numel)) // blocksize - first // blocksize
+            out = torch.full((numel + 4,), 7.0, dtype=dtype)
+            assert unpack_codes(codes, nf4.pair_table(table), scales, out[:numel], first=first, blocksize=blocksize), (
+                "not compiled"
+            )
+            assert torch.equal(out[:numel], (table[each.int()] * scales[block]).to(dtype))
+            assert out[numel:].tolist() == [7.0] * 4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_scale_or_a_code_that_is_not_finite_is_left_to_torch(value: float) -> None:
+    codes, scales = four_bit(0, 128, 64)
+    out = torch.full((128,), 7.0, dtype=torch.bfloat16)
+    table = nf4.NF4.clone()
+    table[3] = value
+    assert not unpack_codes(codes, nf4.pair_table(table), scales, out, first=0, blocksize=64)
+    scales[1] = value
+    assert not unpack_codes(codes, nf4.pair_table(nf4.NF4), scales, out, first=0, blocksize=64)
+    assert (out == 7).all()
+
+
+def test_codes_and_scales_of_other_lengths_or_dtypes_are_refused() -> None:
+    codes, scales = four_bit(0, 128, 64)
+    table, out = nf4.pair_table(nf4.NF4), torch.empty(128)
+    for wrong in (
+        (codes[:-1], table, scales),
+        (codes, table, scales[:-1]),
+        (codes, table[:-1], scales),
+        (codes.int(), table, scales),
+        (codes, table.float(), scales),
+        (codes, table, scales.double()),
+    ):
+        with pytest.raises(ValueError, match="scales"):
+            unpack_codes(*wrong, out, first=0, blocksize=64)
+    assert not unpack_codes(codes, table, scales, out.double(), first=0, blocksize=64)

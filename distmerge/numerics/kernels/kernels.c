@@ -1,5 +1,5 @@
-/* Products of factors, added to blocks, rounded and measured while they are in registers: compiled.py is the door, and
-   without it torch does the same in more passes.
+/* Products of factors, added to blocks, rounded and measured while they are in registers, and 4-bit codes to values:
+   compiled.py is the door, and without it torch does the same in more passes.
 
    An element is fma(scaling, s, w): w the base's value, s the sum of b[k] a[k] as a chain of fused multiply-adds in the
    order of k. No bit depends on the block's shape or the vectors' width. */
@@ -35,6 +35,8 @@ const char *source(void) { return SOURCE; }
 #define ROWS 8
 #define FROM_F16(bits) (floats) _mm512_cvtph_ps((__m256i)(bits))
 #define TO_F16(value) (halves) _mm512_cvtps_ph((__m512)(value), _MM_FROUND_TO_NEAREST_INT)
+#define FROM_BYTES(at) (words) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(at)))
+#define LOOK_UP(table, index) (words) _mm512_permutexvar_epi32((__m512i)(index), (__m512i)(table)[0])
 #include "level.h"
 #pragma GCC pop_options
 
@@ -46,6 +48,10 @@ const char *source(void) { return SOURCE; }
 #define ROWS 4
 #define FROM_F16(bits) (floats) _mm256_cvtph_ps((__m128i)(bits))
 #define TO_F16(value) (halves) _mm256_cvtps_ph((__m256)(value), _MM_FROUND_TO_NEAREST_INT)
+#define FROM_BYTES(at) (words) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(at)))
+#define LOOK_UP(table, index) \
+    (words) _mm256_blendv_ps(EIGHT((table)[0], index), EIGHT((table)[1], index), (__m256)((index) << 28))
+#define EIGHT(values, index) _mm256_permutevar8x32_ps((__m256)(values), (__m256i)(index))
 #include "level.h"
 #pragma GCC pop_options
 

@@ -113,6 +113,13 @@ INLINE void AT_LEVEL(multiply)(floats product[ROWS][VECTORS], const float *b, co
 #define bf16_type uint16_t
 #define f16_type uint16_t
 
+#define OUT bf16
+#include "codes.h"
+#define OUT f16
+#include "codes.h"
+#define OUT f32
+#include "codes.h"
+
 #define BASE bf16
 #define OUT bf16
 #include "block.h"
@@ -155,3 +162,5 @@ INLINE void AT_LEVEL(multiply)(floats product[ROWS][VECTORS], const float *b, co
 #undef ROWS
 #undef FROM_F16
 #undef TO_F16
+#undef FROM_BYTES
+#undef LOOK_UP
