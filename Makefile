@@ -2,6 +2,7 @@
 # make worst  the slowest and the largest of all refusals in tests/attacks
 # make bench  measures: all questions, or one with bench-cp, bench-peers, ...; ARGS="--nbytes 1e9 --rounds 3" goes to each;
 #             bench-due measures what the docs lack or quote of older code
+# make faults   every fault that tests/faults injects, counted
 # make fuzz   FUZZ_SECONDS (600) of each fuzzer of what reads strangers' bytes; FUZZ="header plan" for some of them
 # make test   sets up and runs the tests, but those that need a real model (make real)
 # make torture  kills the merge of a real model 500 times, in 25 minutes; ARGS="--kills 50 --seed 1"; interrupted, goes on
@@ -17,7 +18,7 @@ PEERS_PYTHON ?= $(BIN)/python
 FUZZ_SECONDS ?= 600
 FUZZ ?= $(sort $(notdir $(wildcard fuzz/corpus/*)))
 
-.PHONY: demo test ranks real torture check fuzz worst docs bench bench-due bench-state plots release audit clean $(addprefix bench-,$(BENCHMARKS)) $(addprefix fuzz-,$(FUZZ))
+.PHONY: demo test ranks real faults torture check fuzz worst docs bench bench-due bench-state plots release audit clean $(addprefix bench-,$(BENCHMARKS)) $(addprefix fuzz-,$(FUZZ))
 
 demo: $(VENV)/run
 	$(BIN)/distmerge demo
@@ -31,6 +32,9 @@ ranks: $(VENV)/dev
 
 real: $(VENV)/dev
 	$(PYTEST) -m real
+
+faults: $(VENV)/dev
+	$(BIN)/python -m tests.faults.tally
 
 torture: $(VENV)/dev
 	$(BIN)/python -m tests.faults.torture $(ARGS)

@@ -116,7 +116,8 @@ class Bench:
         return self._timed(words, base, "warm", **settings)
 
     def _timed(self, words: list[str], base: Path, cache: str, **settings: Any) -> tuple[Sample, Finished]:
-        warm_memory(2 * sum(path.stat().st_size for path in base.iterdir()) + (1 << 30))
+        nbytes = sum(path.stat().st_size for path in base.iterdir())
+        warm_memory(nbytes + max(nbytes, round(self.options.nbytes)) + (1 << 30))  # a packed base's output is larger
         share = make_cold(base) if cache == "cold" else make_warm(base)
         done = watch(words, cwd=self.folder, **settings)  # some tools leave caches where they run
         synced = sync_folder(self.output) if self.output.exists() else 0.0

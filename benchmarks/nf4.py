@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.cache import sync_folder
+from benchmarks.cache import sync_folder, warm_memory
 from benchmarks.harness import Bench, Sample, arguments, bench, compared_digests, digest_options, titled
 from benchmarks.models import make_adapter, make_base, pack_base
 from benchmarks.peers import peer, rank_program
@@ -50,6 +50,7 @@ def writing(run: Bench, sizes: list[int]) -> Callable[[], Sample]:
     """A contestant: files of `sizes` bytes, written and synced by this process."""
 
     def write() -> Sample:
+        warm_memory(sum(sizes) + (1 << 30))
         run.output.mkdir()
         started = time.monotonic()
         for number, size in enumerate(sizes):
