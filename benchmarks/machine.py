@@ -68,6 +68,11 @@ def _arithmetic() -> str:
 
 
 def _commit() -> str:
-    words = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return done.stdout.strip()
+    """The commit, `-dirty` where files differ from it, but for the logs, which every benchmark writes."""
+
+    def told(*words: str) -> str:
+        folder = Path(__file__).parents[1]
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=folder, check=False).stdout.strip()
+
+    changed = told("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return told("describe", "--always") + "-dirty" * bool(changed)
