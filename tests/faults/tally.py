@@ -1,5 +1,6 @@
-"""`python -m tests.faults.tally`: all tests of this folder, and how many faults of which kind they have injected into how
-many merges, with how many outputs lost (not finished by the same command) and how many wrong (there, and not whole)."""
+"""`python -m tests.faults.tally`: all tests of this folder, and how many faults of which kind they have injected into
+how many merges, with how many outputs lost (not finished by the same command) and how many wrong (there, and not
+whole)."""
 
 from __future__ import annotations
 
