@@ -348,9 +348,17 @@ def read_receipt(folder: Path) -> Receipt | None:
     try:
         with uncollected():
             receipt: Receipt = decode(Receipt, _with_kinds(values))
+        _check_finite(receipt)
     except ValueError as error:
         raise InputError(f"is not a receipt ({printable(str(error))})", where=str(path)) from None
     return receipt
+
+
+def _check_finite(receipt: Receipt) -> None:
+    norms = (norm for entry in receipt.ledger.values() for norm in (entry.delta_norm, entry.applied_norm))
+    told = (receipt.options.density, receipt.options.lora_alpha, *(adapter.weight for adapter in receipt.adapters))
+    if not all(number is None or math.isfinite(number) for number in (*told, *norms)):
+        raise ValueError("holds a number that is not finite")
 
 
 def _with_kinds(values: dict[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,24 @@ def test_numbers_that_no_tensor_has_are_refused(merged: Scene, field: str, value
         write_report(merged.output)
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("options", "density"),
+        ("options", "lora_alpha"),
+        ("adapters", 0, "weight"),
+        ("ledger", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "delta_norm"),
+        ("ledger", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "applied_norm"),
+    ],
+    ids=str,
+)
+def test_a_number_of_a_receipt_is_finite_or_it_is_none(merged: Scene, path: tuple[Any, ...], value: float) -> None:
+    _spoil(merged, path, value)
+    with pytest.raises(InputError, match="is not a receipt"):
+        distmerge.verify(merged.output)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..", "", "\x1b[31m"])
 def test_a_receipt_that_names_other_places_is_not_followed(merged: Scene, name: str) -> None:
     (merged.folder / "secret").write_text("secret")
