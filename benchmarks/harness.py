@@ -163,7 +163,7 @@ def bench(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> Ite
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as name:
         machine = describe(Path(name))
-        words = {key: value for key, value in vars(options).items() if key not in ("folder", "log")}
+        words = {key: value for key, value in vars(options).items() if key not in ("folder", "log", "peers_python")}
         say(f"machine: {machine}")
         run = Bench(
             folder=Path(name).resolve(),
